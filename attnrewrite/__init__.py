@@ -1,0 +1,64 @@
+"""Find the attention in any PyTorch model and rewrite it, through ``torch.compile`` or ``convert``.
+
+Importing this package imports neither torch nor anything heavy: every public name is loaded at first use.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# `passes/` and `kernels/` lie beside this folder in a checkout and inside it in a wheel.
+if not (Path(__file__).parent / "passes").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
+if TYPE_CHECKING:
+    from attnrewrite import functional as functional
+    from attnrewrite.backend import Backend as Backend
+    from attnrewrite.conversion import convert as convert
+    from attnrewrite.conversion import restore as restore
+    from attnrewrite.errors import AttnRewriteError as AttnRewriteError
+    from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
+    from attnrewrite.explanation import explain as explain
+    from attnrewrite.saving import load_pretrained as load_pretrained
+    from attnrewrite.saving import save_pretrained as save_pretrained
+    from attnrewrite.variants import SdpaConfig as SdpaConfig
+    from attnrewrite.variants import SelectiveConfig as SelectiveConfig
+    from attnrewrite.variants import SSAConfig as SSAConfig
+    from attnrewrite.variants import VariantConfig as VariantConfig
+    from attnrewrite.variants import list_variants as list_variants
+    from attnrewrite.variants import register_variant as register_variant
+
+_PUBLIC = {
+    "AttnRewriteError": "errors",
+    "AttnRewriteWarning": "errors",
+    "Backend": "backend",
+    "SSAConfig": "variants",
+    "SdpaConfig": "variants",
+    "SelectiveConfig": "variants",
+    "VariantConfig": "variants",
+    "convert": "conversion",
+    "explain": "explanation",
+    "functional": "functional",
+    "list_variants": "variants",
+    "load_pretrained": "saving",
+    "register_variant": "variants",
+    "restore": "conversion",
+    "save_pretrained": "saving",
+}
+
+__all__ = sorted([*_PUBLIC, "__version__"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'attnrewrite' has no attribute {name!r}")
+    module = import_module(f"attnrewrite.{_PUBLIC[name]}")
+    value = module if name == _PUBLIC[name] == "functional" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

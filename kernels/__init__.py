@@ -1,0 +1,1 @@
+"""The maths and the kernels of every variant, one folder each."""

@@ -1,0 +1,333 @@
+"""Every diagnostic code, and the error class that carries one.
+
+This module lies at the lowest room of the import order so that each room can raise coded errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One thing that can go wrong: a stable code, a title, why it happens, what to do."""
+
+    code: str
+    title: str
+    explanation: str
+    hint: str
+    since: str = "0.1.0"
+
+
+class AttnRewriteError(Exception):
+    """Base of every error of this library; ``code``, ``title`` and ``hint`` identify the cause.
+
+    The message says what happened and where, then the reason, then what to do.
+    """
+
+    def __init__(
+        self, code: str, detail: str, *, layer: str = "", source: str = "", hint: str | None = None
+    ) -> None:
+        self.code = code
+        self.title = DIAGNOSTICS[code].title
+        self.detail = detail
+        self.layer = layer
+        self.source = source
+        self.hint = DIAGNOSTICS[code].hint if hint is None else hint
+        super().__init__(code, detail)
+
+    def __str__(self) -> str:
+        place = "  ".join(part for part in (self.layer, self.source) if part)
+        lines = [f"{self.code} {self.title}" + (f" ({place})" if place else ""), self.detail]
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n  ".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (type(self)._rebuild, (self.code, self.detail, self.layer, self.source, self.hint))
+
+    @classmethod
+    def _rebuild(cls, code: str, detail: str, layer: str, source: str, hint: str) -> AttnRewriteError:
+        return cls(code, detail, layer=layer, source=source, hint=hint)
+
+
+class CaptureError(AttnRewriteError):
+    """AR1xx: options, inputs and capture."""
+
+
+class MatchError(AttnRewriteError):
+    """AR2xx: finding and proving attention."""
+
+
+class VariantError(AttnRewriteError):
+    """AR3xx: variants, their configs and their parameters."""
+
+
+class LoweringError(AttnRewriteError):
+    """AR4xx: implementations and the arguments given to them."""
+
+
+class SaveError(AttnRewriteError):
+    """AR6xx: saving and loading."""
+
+
+class InternalError(AttnRewriteError):
+    """AR9xx: a defect of this library."""
+
+
+class AttnRewriteWarning(UserWarning):
+    """Base of every warning of this library; the message begins with a code."""
+
+
+_FAMILIES: dict[str, type[AttnRewriteError]] = {
+    "AR1": CaptureError,
+    "AR2": MatchError,
+    "AR3": VariantError,
+    "AR4": LoweringError,
+    "AR6": SaveError,
+    "AR9": InternalError,
+}
+
+
+def error(
+    code: str, detail: str, *, layer: str = "", source: str = "", hint: str | None = None
+) -> AttnRewriteError:
+    """Build the error of ``code``; its class follows from the code's family."""
+    return _FAMILIES[code[:3]](code, detail, layer=layer, source=source, hint=hint)
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """Say which of ``valid`` is meant by ``name``, and list them all: `did you mean 'x'? valid: x, y`."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"valid: {', '.join(names)}"
+
+
+_ALL = [
+    # AR1xx: options, inputs, capture
+    Diagnostic(
+        "AR101",
+        "unknown option",
+        "An option, keyword or file field with this name does not exist. Options are never ignored, because an "
+        "ignored one changes what runs without a word.",
+        "use one of the names listed above",
+    ),
+    Diagnostic(
+        "AR102",
+        "option has a wrong value",
+        "The option exists, but not with this value or type.",
+        "use one of the values listed above",
+    ),
+    Diagnostic(
+        "AR103",
+        "model cannot be loaded",
+        "MODEL is a folder in the transformers layout (safetensors or GGUF), a .gguf file, a .pt2 file, or "
+        "`package.module:function` where the function returns a model or (model, example inputs).",
+        "check the path; for a function, check that its module can be imported from here",
+    ),
+    Diagnostic(
+        "AR104",
+        "example inputs do not run",
+        "The model itself, untouched, raised an error on the example inputs.",
+        "call model(*example_inputs) yourself until it works, then pass the same inputs",
+    ),
+    Diagnostic(
+        "AR105",
+        "model cannot be captured",
+        "torch.export could not trace the model on these inputs: it has control flow that depends on data, or "
+        "returns a type that torch.export does not know.",
+        "for transformers models pass use_cache=False; otherwise remove what the message names",
+    ),
+    Diagnostic(
+        "AR106",
+        "required package is missing",
+        "This function needs an optional package that is not installed.",
+        "install the extra named above",
+    ),
+    # AR2xx: match and proof
+    Diagnostic(
+        "AR201",
+        "no attention found",
+        "The captured graph holds no softmax between two contractions and no fused attention call.",
+        "run `attnrewrite explain MODEL` to see every softmax and why it is not attention",
+    ),
+    Diagnostic(
+        "AR202",
+        "not attention",
+        "A softmax was found, but it is not fed by a contraction of two activations, or its result is not "
+        "contracted with values along the same axis: a router, a classifier, a pooling.",
+        "nothing to do; the site stays as it is",
+    ),
+    Diagnostic(
+        "AR203",
+        "unsupported form of scores",
+        "Between the query-key product and the softmax stands an operation that the normal form of scores does "
+        "not cover, so that replacing the site could change its meaning.",
+        "the site stays as it is; the operation is named above",
+    ),
+    Diagnostic(
+        "AR204",
+        "site crosses an autocast or grad-mode region",
+        "Parts of one attention run under different autocast or grad modes; moving them into one operator would "
+        "change dtypes or gradients.",
+        "put the whole attention into one region",
+    ),
+    Diagnostic(
+        "AR205",
+        "certificate failed",
+        "The matched subgraph and its specification disagree in float64 on test inputs. The match is not used.",
+        "this is a defect of the recogniser: please report it with `attnrewrite explain --format json`",
+    ),
+    Diagnostic(
+        "AR206",
+        "attention dropout is active",
+        "The exact rewrite does not replace a site that draws random numbers, because a fused operator draws them "
+        "in another order.",
+        "set the model's attention dropout to 0, or call model.eval()",
+    ),
+    Diagnostic(
+        "AR207",
+        "a matched value is changed in place",
+        "A query, key, value, mask or score of this site is written in place, so the moment of reading it matters.",
+        "write the update out of place",
+    ),
+    # AR3xx: variants
+    Diagnostic(
+        "AR301",
+        "unknown variant",
+        "No variant of this name is registered.",
+        "run `attnrewrite variants` for the list",
+    ),
+    Diagnostic(
+        "AR302",
+        "unknown config key",
+        "The variant's config has no field of this name. Unknown fields are errors because dropping one changes "
+        "the maths.",
+        "use one of the fields listed above",
+    ),
+    Diagnostic(
+        "AR303",
+        "config field has a wrong value",
+        "The field exists, but not with this value or type.",
+        "see `attnrewrite variants NAME` for fields and defaults",
+    ),
+    Diagnostic(
+        "AR304",
+        "variant needs parameters",
+        "This variant adds parameters to the model. A compile backend cannot add parameters, because the inputs of "
+        "its graph are fixed before it is called.",
+        "call attnrewrite.convert(model, config, example_inputs=...) first, then compile without naming a variant",
+    ),
+    Diagnostic(
+        "AR305",
+        "model is already converted",
+        "The model carries a conversion. Converting twice would stack two variants on the same layers.",
+        "call attnrewrite.restore(model) first",
+    ),
+    Diagnostic(
+        "AR306",
+        "targets match no layer",
+        "No attention layer of the model has a path that matches the given pattern.",
+        "patterns are globs on layer paths, e.g. 'model.layers.*.self_attn'",
+    ),
+    Diagnostic(
+        "AR307",
+        "variant is not defined here",
+        "The variant's definition does not cover this kind of attention.",
+        "leave this layer out with exclude=, or choose another variant for it",
+    ),
+    Diagnostic(
+        "AR308",
+        "converted model ran without the backend",
+        "The model was converted, but this call did not go through the attnrewrite backend. Running on would "
+        "silently compute ordinary attention.",
+        "call model.compile(backend='attnrewrite') (copies and unpickled models lose their compilation)",
+    ),
+    Diagnostic(
+        "AR309",
+        "converted layer has no attention in this graph",
+        "The layer's marker was captured, but no attention of that layer was recognised in the same graph; a graph "
+        "break may lie between them.",
+        "run with TORCH_LOGS=graph_breaks to see where the graph breaks",
+    ),
+    Diagnostic(
+        "AR310",
+        "model is not converted",
+        "There is nothing to restore or to save: the model carries no conversion.",
+        "call attnrewrite.convert(model, config, example_inputs=...) first",
+    ),
+    Diagnostic(
+        "AR311",
+        "attribute name is taken",
+        "The layer already has an attribute of the variant's name, so the new parameters cannot be registered.",
+        "rename the model's attribute",
+    ),
+    Diagnostic(
+        "AR312",
+        "variant was asked for and not applied",
+        "A variant changes meaning, so a graph in which it cannot be applied is an error, never a silent fall-back.",
+        "the sites and reasons are listed above; use exclude= for layers that should stay as they are",
+    ),
+    Diagnostic(
+        "AR313",
+        "converted model differs from the original",
+        "The config promises the same function at the start, but the outputs on the example inputs differ by more "
+        "than rounding. The model was restored.",
+        "this is a defect of this library: please report it with the model's config",
+    ),
+    # AR4xx: lowering
+    Diagnostic(
+        "AR401",
+        "no fused implementation",
+        "The site is recognised, but no fused operator computes it on this device; the original operations stay.",
+        "nothing to do; the result is exact either way",
+    ),
+    Diagnostic(
+        "AR402",
+        "arguments do not fit",
+        "An attention function was called with tensors whose shapes, dtypes or options do not fit together.",
+        "shapes are query [B, H, L, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv]",
+    ),
+    Diagnostic(
+        "AR403",
+        "no generated kernel",
+        "kernels='triton' was asked for, but this variant has no generated kernel for this device.",
+        "use kernels='auto' or kernels='reference'",
+    ),
+    # AR6xx: saving and loading
+    Diagnostic(
+        "AR601",
+        "output exists",
+        "The output path exists. Nothing is overwritten unless asked for.",
+        "choose another path, or pass --overwrite (overwrite=True)",
+    ),
+    Diagnostic(
+        "AR602",
+        "file is missing, truncated or of another kind",
+        "The file cannot be read as what it should be.",
+        "check that the file was copied whole",
+    ),
+    Diagnostic(
+        "AR603",
+        "saved conversion does not fit this model",
+        "The saved conversion names layers or shapes that the model does not have.",
+        "load it into the base model it was made from",
+    ),
+    Diagnostic(
+        "AR604",
+        "saved conversion is of an unknown format",
+        "The schema version of the file is newer than this library, or the file is not a conversion.",
+        "update attnrewrite",
+    ),
+    # AR9xx: internal
+    Diagnostic(
+        "AR901",
+        "internal error",
+        "A pass failed unexpectedly. For the exact rewrite the original graph runs instead.",
+        "please report the message; strict=True turns it into an error with a traceback",
+    ),
+]
+
+DIAGNOSTICS: dict[str, Diagnostic] = {d.code: d for d in _ALL}

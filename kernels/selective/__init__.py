@@ -1,0 +1,1 @@
+"""Selective attention: README.md says the maths, reference.py is the specification."""

@@ -1,0 +1,1 @@
+"""Graph passes: capture, match, prove, select, rewrite, lower."""

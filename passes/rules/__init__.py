@@ -1,0 +1,1 @@
+"""How a site becomes each variant: one rule per file."""
