@@ -1,0 +1,133 @@
+"""The Report: one tree of plain data, filled by every pass; text, JSON, HTML and DOT are views of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from attnrewrite.kernels.diagnostics import DIAGNOSTICS
+
+SCHEMA_VERSION = 1
+
+Status = Literal["rewritten", "matched", "rejected", "skipped"]
+"""rewritten: replaced in the graph; matched: recognised and proved, left as it is; rejected: see `rejections`;
+skipped: left out by `targets` / `exclude`."""
+
+
+@dataclass
+class Rejection:
+    """Why something was not rewritten: a code, the reason in one sentence, and where."""
+
+    code: str
+    detail: str
+    layer: str = ""
+    source: str = ""
+    title: str = ""
+    hints: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.title = self.title or DIAGNOSTICS[self.code].title
+        self.hints = self.hints or [DIAGNOSTICS[self.code].hint]
+
+
+@dataclass
+class Mask:
+    """Which keys a query sees.
+
+    ``kind`` is one of none, causal, window, padding, causal+padding, window+padding, custom; ``offset`` o means that
+    key j is visible to query i only if j <= i + o; ``window`` W only if j > i + o - W; ``padding`` says that a mask
+    over keys [B, S] is part of it; ``fill`` is the value that invisible scores get (``-inf`` or a large negative
+    number), None where nothing is filled.
+    """
+
+    kind: str = "none"
+    offset: int | None = None
+    window: int | None = None
+    padding: bool = False
+    fill: float | None = None
+
+
+@dataclass
+class Site:
+    """One attention found in the model, addressed by layer path and source line.
+
+    ``heads`` H, ``kv_heads`` Hkv, ``head_dim`` D, ``value_dim`` Dv, ``query_length`` L and ``key_length`` S are ints,
+    or strings such as ``s0`` where the size is symbolic. ``spelling`` tags how the model writes this attention.
+    ``bias`` tells additive terms that are no mask. ``certificate`` is "proved", "failed" or "not run".
+    """
+
+    layer: str
+    source: str
+    status: Status
+    graph: int = 0
+    spelling: list[str] = field(default_factory=list)
+    heads: int | str | None = None
+    kv_heads: int | str | None = None
+    head_dim: int | str | None = None
+    value_dim: int | str | None = None
+    query_length: int | str | None = None
+    key_length: int | str | None = None
+    mask: Mask = field(default_factory=Mask)
+    bias: list[str] = field(default_factory=list)
+    scale: float | str | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    variant: str = ""
+    implementation: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    certificate: str = "not run"
+    rejections: list[Rejection] = field(default_factory=list)
+    before: str = ""
+    after: str = ""
+
+
+@dataclass
+class Report:
+    """What was found in a model and what became of it. ``to_dict`` is stable and versioned.
+
+    ``sites`` are attentions; ``rejections`` are the softmaxes that are not attention, and whole-graph findings;
+    ``timings_ms`` maps a step's name to milliseconds, summed over graphs.
+    """
+
+    model: str = ""
+    entry: str = ""
+    sites: list[Site] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    timings_ms: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Count sites by status: ``{"sites": n, "rewritten": ..., "matched": ..., "rejected": ..., "skipped": ...}``."""
+        counts = dict.fromkeys(("rewritten", "matched", "rejected", "skipped"), 0)
+        for site in self.sites:
+            counts[site.status] += 1
+        return {"sites": len(self.sites), **counts}
+
+    def extend(self, other: Report) -> None:
+        """Add the findings of another graph of the same model."""
+        graph = 1 + max((site.graph for site in self.sites), default=-1)
+        for site in other.sites:
+            site.graph = graph
+        self.sites += other.sites
+        self.rejections += other.rejections
+        self.entry = self.entry or other.entry
+        for step, ms in other.timings_ms.items():
+            self.timings_ms[step] = self.timings_ms.get(step, 0.0) + ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {"schema_version": SCHEMA_VERSION, "summary": self.summary, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """Rebuild a report from ``to_dict``."""
+        plain = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        plain["sites"] = [_site(site) for site in plain.get("sites", [])]
+        plain["rejections"] = [Rejection(**r) for r in plain.get("rejections", [])]
+        return cls(**plain)
+
+
+def _site(data: dict[str, Any]) -> Site:
+    rejections = [Rejection(**r) for r in data["rejections"]]
+    return Site(**{**data, "mask": Mask(**data["mask"]), "rejections": rejections})
