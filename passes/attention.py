@@ -100,7 +100,8 @@ class Attention:
     """One attention site: ``output = softmax_j(scores) · value`` with every axis named.
 
     Axes: ``batch`` (B), ``kv_heads`` and ``groups`` (H = Hkv · G), ``rows`` (query positions, L), ``cols`` (key
-    positions, S), ``inner`` (D), ``outer`` (Dv). ``region`` lists (role, node) of every node between the operands and
+    positions, S), ``inner`` (D), ``outer`` (Dv). ``query_first`` and ``probs_first`` say which operand of the two
+    contractions is the query and the probabilities. ``region`` lists (role, node) of every node between the operands and
     the output, with layouts in ``layouts``.
     """
 
@@ -121,6 +122,8 @@ class Attention:
     cols: Dim
     inner: Dim
     outer: Dim
+    query_first: bool = True
+    probs_first: bool = True
     dropout: float = 0.0
     region: dict[tuple[Role, fx.Node], Layout] = field(default_factory=dict)
     spelling: list[str] = field(default_factory=list)

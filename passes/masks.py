@@ -63,14 +63,14 @@ class MaskReader:
         The leaves that the result holds are nodes of ``graph``, ready to be read by a rewrite.
         """
         seen, static, fills = Visibility(Mask()), list[Leaf](), list[float]()
-        for term in scores.terms:
+        for term in [part for term in scores.terms for part in self._addends(term)]:
             read = self._term(graph, term, rows, heads)
             if read is None:
                 seen.bias.append(term)
                 continue
             parts, fill = read
             seen.terms.append(term)
-            fills.append(fill)
+            fills += [] if math.isnan(fill) else [fill]
             static += parts.static
             seen.padding += parts.padding
             seen.dense += parts.dense
@@ -101,7 +101,7 @@ class MaskReader:
         return read is not None and bool(read[0].static)
 
     def _term(self, graph: fx.Graph, term: Term, rows: Dim, heads: Dim) -> tuple[_Parts, float] | None:
-        """Return the term's conjuncts and its fill value, or None where it is a bias and no mask."""
+        """Return the term's conjuncts and its fill value (NaN: it does nothing), or None where it is a bias."""
         parts = _Parts()
         if term.kind == "fill":
             if term.value > NEGLIGIBLE:
@@ -117,7 +117,7 @@ class MaskReader:
             if largest is not None and largest * term.weight > NEGLIGIBLE:
                 return None
             parts.static = [] if largest is None else [_whole(term)]
-            return parts, -math.inf if largest is None else largest * term.weight
+            return parts, math.nan if largest is None else largest * term.weight
         found = self._selection(term.node, term.layout)
         if found is None or found[1] * term.weight > NEGLIGIBLE:
             return None
@@ -131,6 +131,16 @@ class MaskReader:
             self.memo["bias", node] = float(gone.max()) if gone.numel() else None
         found: float | None = self.memo["bias", node]
         return found
+
+    def _addends(self, term: Term) -> list[Term]:
+        """Split a bias that is itself a sum, such as a position bias plus a mask."""
+        node = term.node
+        if term.kind == "add" and op(node) == "add" and not self.evaluator.is_static(node):
+            parts = [part for part in node.args[:2] if is_node(part)]
+            if len(parts) == 2 and constant(node.kwargs.get("alpha", 1)) == 1:
+                split = [Term("add", part, broadcast(term.layout, part), term.weight) for part in parts]
+                return [leaf for part in split for leaf in self._addends(part)]
+        return [term]
 
     def _static_value(self, node: fx.Node) -> torch.Tensor | None:
         try:

@@ -90,7 +90,7 @@ def _from_softmax(anchor: fx.Node, reader: MaskReader) -> Attention:
     }
     outer = tuple(s for s in symbols(mixed.layout) if s not in set(symbols(layout)))
     axes = _roles(chains, product.summed, outer, cols, walk.layout, mixed.output, mixed.layout)
-    return _build(anchor, mixed, chains, scores, axes, region, reader)
+    return _build(anchor, mixed, chains, scores, axes, region, reader, query.layout is product.left_layout)
 
 
 def _query_and_key(product: Contraction, cols: Dim, anchor: fx.Node) -> tuple[Operand, Operand]:
@@ -109,6 +109,7 @@ class _Mixed:
     output: fx.Node
     layout: Layout
     value: Operand
+    probs_first: bool = True
     dropout: float = 0.0
 
 
@@ -147,7 +148,8 @@ def _mix(user: fx.Node, node: fx.Node, layout: Layout, cols: Dim) -> _Mixed | No
         return None
     left = Operand(product.left, product.left_layout)
     right = Operand(product.right, product.right_layout)
-    return _Mixed(user, product.result, right if left.node is node else left)
+    first = left.node is node
+    return _Mixed(user, product.result, right if first else left, first)
 
 
 def _probs_step(user: fx.Node, node: fx.Node, layout: Layout) -> Layout | None:
@@ -283,6 +285,7 @@ def _build(
     axes: _Axes,
     region: dict[tuple[Role, fx.Node], Layout],
     reader: MaskReader,
+    query_first: bool = True,
 ) -> Attention:
     heads = axes.kv_heads + axes.groups
     fused = op(anchor) in FUSED
@@ -298,6 +301,8 @@ def _build(
         value=chains["value"][-1],
         scores=scores,
         visibility=visibility,
+        query_first=query_first,
+        probs_first=mixed.probs_first,
         dropout=mixed.dropout,
         region=region,
         **vars(axes),
@@ -377,7 +382,7 @@ def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
     output_layout = (*batch, rows, outer)
     axes = _roles(chains, inner, outer, cols, score_layout, anchor, output_layout)
     p = constant(argument(anchor, 4, "dropout_p", 0.0))
-    mixed = _Mixed(anchor, output_layout, operands["value"], 1.0 if p is None else p)
+    mixed = _Mixed(anchor, output_layout, operands["value"], dropout=1.0 if p is None else p)
     site = _build(anchor, mixed, chains, scores, axes, region, reader)
     if argument(anchor, 5, "is_causal", False):
         _set_causal(site)
