@@ -48,7 +48,8 @@ class Term:
 class Scores:
     """Affine normal form: ``softcap(alpha · ⟨q, k⟩ · Π factors)``, then ``terms`` in order.
 
-    ``factors`` are tensors that scale the product and do not depend on the key index, with their layouts.
+    ``factors`` are tensors that scale the product and do not depend on the key index, with their layouts and whether
+    they divide. ``is_causal`` is the fused operator's flag: key j is visible to query i only if j <= i.
     """
 
     contraction: fx.Node
@@ -56,6 +57,7 @@ class Scores:
     factors: list[tuple[fx.Node, Layout, bool]] = field(default_factory=list)
     softcap: float | None = None
     terms: list[Term] = field(default_factory=list)
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def fingerprint(site: Attention) -> str:
         literal = tree_map(lambda x: "·" if is_node(x) or isinstance(x, torch.SymInt) else x, (node.args, node.kwargs))
         rows.append(f"{role} {node.target} {_without_sizes(node, literal)} {axes(layout)}")
     s = site.scores
-    rows.append(f"{s.alpha} {s.softcap} {[(axes(x), d) for _, x, d in s.factors]}")
+    rows.append(f"{s.alpha} {s.softcap} {s.is_causal} {[(axes(x), d) for _, x, d in s.factors]}")
     rows += [f"{t.kind} {axes(t.layout)} {t.weight} {t.value} {t.when} {t.node.meta['val'].dtype}" for t in s.terms]
     rows += [axes(o.layout) for o in (site.query, site.key, site.value)]
     rows.append(f"{axes(site.output_layout)} {site.query_first} {site.probs_first} {op(site.output)}")
@@ -272,6 +272,8 @@ def _scale_and_terms(
         scores = scores / factor if divide else scores * factor
     if form.softcap is not None:
         scores = form.softcap * torch.tanh(scores / form.softcap)
+    if form.is_causal:
+        scores = scores.masked_fill(torch.ones_like(scores).tril() == 0, -math.inf)
     for term in form.terms:
         value = arrange(inputs.nodes[term.node], term.layout, site.mask_layout(term.layout), size)
         if term.kind == "fill":

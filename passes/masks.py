@@ -80,6 +80,8 @@ class MaskReader:
         else:
             seen.facts, seen.rows_never_empty = Mask(**vars(named[0])), named[1]
             seen.assumed = sorted({b for x in static for b in self.evaluator.buffers.get(x.node, ())})
+        if scores.is_causal and not scores.terms:
+            seen.facts, fills = Mask("causal", offset=0), [-math.inf]
         self._describe(seen, fills)
         seen.empty_rows = "zero" if sdpa else "nan" if all(f == -math.inf for f in fills) else "uniform"
         return seen

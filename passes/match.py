@@ -366,13 +366,14 @@ def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
         key_batch = (*batch[:-1], _grouped(batch[-1][0], shape(key)[-3]))
     operands = {
         "query": Operand(query, layout),
-        "key": Operand(key, _narrow((*key_batch, cols, inner), key)),
-        "value": Operand(value, _narrow((*key_batch, cols, outer), value)),
+        "key": Operand(key, broadcast((*key_batch, cols, inner), key)),
+        "value": Operand(value, broadcast((*key_batch, cols, outer), value)),
     }
     scores = Scores(anchor, alpha=_fused_scale(anchor, shape(query)[-1]))
     scale_node = anchor.kwargs.get("scale")
     if is_node(scale_node):
         scores.factors.append((scale_node, (), False))
+    scores.is_causal = bool(argument(anchor, 5, "is_causal", False))
     mask = argument(anchor, 3, "attn_mask")
     score_layout = (*batch, rows, cols)
     if is_node(mask):
@@ -383,10 +384,7 @@ def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
     axes = _roles(chains, inner, outer, cols, score_layout, anchor, output_layout)
     p = constant(argument(anchor, 4, "dropout_p", 0.0))
     mixed = _Mixed(anchor, output_layout, operands["value"], dropout=1.0 if p is None else p)
-    site = _build(anchor, mixed, chains, scores, axes, region, reader)
-    if argument(anchor, 5, "is_causal", False):
-        _set_causal(site)
-    return site
+    return _build(anchor, mixed, chains, scores, axes, region, reader)
 
 
 def _none(role: str, scores: Scores) -> Scores | None:
@@ -401,10 +399,6 @@ def _grouped(heads: Symbol, kv_heads: object) -> Dim:
         raise AxisError("head counts that are not known")
     heads.split(kv_heads, heads.size // kv_heads)
     return (heads.parts[0],)
-
-
-def _narrow(layout: Layout, operand: fx.Node) -> Layout:
-    return broadcast(layout, operand)
 
 
 def _fused_scale(anchor: fx.Node, width: object) -> float:
@@ -422,11 +416,3 @@ def _fused_mask(mask: fx.Node, layout: Layout) -> Term:
         return Term("fill", mask, where, value=float("-inf"), when=False)
     return Term("add", mask, where)
 
-
-def _set_causal(site: Attention) -> None:
-    """Add the flag's mask: key j visible to query i iff j <= i."""
-    facts = site.visibility.facts
-    if site.scores.terms:
-        raise Reject("AR203", "is_causal together with a mask", site.anchor)
-    facts.kind, facts.offset, facts.fill = "causal", 0, float("-inf")
-    site.visibility.rows_never_empty = True
