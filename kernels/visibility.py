@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from attnrewrite.kernels.diagnostics import error
+from torch import Tensor
 
 
 def visible(
@@ -25,7 +24,7 @@ def visible(
     Args:
         L: number of queries.
         S: number of keys.
-        is_causal: key j is visible to query i iff j <= i, counted from the first query and the first key, as in
+        is_causal: key j is visible to query i iff j <= i, both counted from the first, as in
             ``torch.nn.functional.scaled_dot_product_attention``.
         window: with ``is_causal``, key j must also satisfy i - j < window.
         attn_mask: boolean (True = visible) or additive (-inf = invisible), broadcastable to ``[B, H, L, S]``.
@@ -99,7 +98,7 @@ def check_attention(
         if tensor.dim() != 4:
             raise error("AR402", f"{name} has {tensor.dim()} dimensions, {_size(tensor)}; needed are 4")
         if not tensor.is_floating_point():
-            raise error("AR402", f"{name} has dtype {tensor.dtype}; needed is a floating-point dtype", hint="")
+            raise error("AR402", f"{name} has dtype {tensor.dtype}; needed is a float dtype", hint="")
     for name, tensor in (("key", key), ("value", value)):
         _check_placement(query, name, tensor)
     _check_sizes(query, key, value, enable_gqa)
@@ -117,7 +116,7 @@ def check_window(window: int | None, is_causal: bool) -> None:
     if window is None:
         return
     if not is_causal:
-        raise error("AR402", f"window is {window} and is_causal is False", hint="a window needs is_causal=True")
+        raise error("AR402", f"window is {window} and is_causal is False", hint="pass is_causal=True")
     if window < 1:
         raise error("AR402", f"window is {window}; a query must see one key at least", hint="")
 
@@ -126,21 +125,21 @@ def _check_placement(query: Tensor, name: str, tensor: Tensor) -> None:
     if tensor.device != query.device:
         raise error("AR402", f"query is on {query.device} and {name} on {tensor.device}", hint="")
     if tensor.dtype != query.dtype and not _autocasts(query.device):
-        raise error("AR402", f"query has dtype {query.dtype} and {name} {tensor.dtype}", hint="cast one of them")
+        raise error("AR402", f"query has dtype {query.dtype}, {name} {tensor.dtype}", hint="cast one of them")
 
 
 def _check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
     B, H, _, D = query.shape
     Bk, Hkv, S, Dk = key.shape
-    if B != Bk or B != value.shape[0]:
+    if Bk != B or value.shape[0] != B:
         raise error("AR402", f"batch sizes differ: query {B}, key {Bk}, value {value.shape[0]}")
-    if D != Dk:
+    if Dk != D:
         raise error("AR402", f"head dims differ: query {D}, key {Dk}")
-    if S != value.shape[2]:
+    if value.shape[2] != S:
         raise error("AR402", f"lengths differ: key {S}, value {value.shape[2]}")
-    if Hkv != value.shape[1]:
+    if value.shape[1] != Hkv:
         raise error("AR402", f"head counts differ: key {Hkv}, value {value.shape[1]}")
-    if H != Hkv and not enable_gqa:
+    if Hkv != H and not enable_gqa:
         raise error(
             "AR402",
             f"query has {H} heads, key and value have {Hkv}",
@@ -165,20 +164,19 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
 
 def check_broadcast(name: str, tensor: Tensor, full: tuple[int, ...]) -> None:
     """Raise AR402 unless ``tensor`` broadcasts to the shape ``full``."""
-    sizes = tuple(tensor.shape)
-    aligned = full[len(full) - len(sizes) :]
-    if len(sizes) > len(full) or any(size != 1 and size != wanted for size, wanted in zip(sizes, aligned)):
+    aligned = zip(reversed(tensor.shape), reversed(full), strict=False)
+    if tensor.dim() > len(full) or any(size not in (1, wanted) for size, wanted in aligned):
         wanted_text = " x ".join(str(size) for size in full)
         raise error("AR402", f"{name} is {_size(tensor)}, which does not broadcast to {wanted_text}", hint="")
 
 
 def check_shape(name: str, tensor: Tensor, letters: str, wanted: tuple[int, ...]) -> None:
-    """Raise AR402 unless ``tensor`` is floating point and has exactly the shape ``wanted``, named by ``letters``."""
+    """Raise AR402 unless ``tensor`` is of a float dtype and of the shape ``wanted``, written ``letters``."""
     if tuple(tensor.shape) != wanted:
         wanted_text = " x ".join(str(size) for size in wanted)
         raise error("AR402", f"{name} is {_size(tensor)}; needed is {letters} = {wanted_text}", hint="")
     if not tensor.is_floating_point():
-        raise error("AR402", f"{name} has dtype {tensor.dtype}; needed is a floating-point dtype", hint="")
+        raise error("AR402", f"{name} has dtype {tensor.dtype}; needed is a float dtype", hint="")
 
 
 def _size(tensor: Tensor) -> str:

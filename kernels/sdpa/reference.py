@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from attnrewrite.kernels.visibility import (
     accumulation_dtype,
     additive,
@@ -15,6 +13,7 @@ from attnrewrite.kernels.visibility import (
     repeat_kv,
     visible,
 )
+from torch import Tensor
 
 
 def attention(
@@ -31,7 +30,9 @@ def attention(
 ) -> Tensor:
     """Scaled dot-product attention with a causal window and a soft cap.
 
-    ``softmax_j(cap(scale * q_i . k_j) + bias_ij) v_j`` over the visible keys j, ``cap(x) = softcap * tanh(x / softcap)``.
+    ``softmax_j(cap(scale * q_i . k_j) + bias_ij) v_j`` over the visible keys j, where
+    ``cap(x) = softcap * tanh(x / softcap)``.
+
     A query that sees no key gives 0. Unlike torch's function this one takes ``is_causal`` and ``attn_mask``
     together; without ``softcap`` it calls torch's function, so the result has that function's rounding.
 
@@ -113,7 +114,7 @@ def attention_logits(
     scale: float | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return ``cap(scale * q . k) + bias`` as ``[B, H, L, S]`` in float32 (float64); a boolean mask is not applied."""
+    """Return ``cap(scale * q . k) + bias``, ``[B, H, L, S]`` in float32 (float64), with no boolean mask."""
     dtype = accumulation_dtype(query.dtype)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     keys = repeat_kv(key.to(dtype), query.shape[1])  # [B, H, S, D]
@@ -135,7 +136,7 @@ def masked_softmax(logits: Tensor, seen: Tensor | None) -> Tensor:
 
 
 def weighted_values(weights: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Return ``weights @ value`` as ``[B, H, L, Dv]`` in the dtype of ``weights``, with dropout on the weights."""
+    """Return ``dropout(weights) @ value``, ``[B, H, L, Dv]`` in the dtype of ``weights``."""
     if dropout_p > 0.0:
         weights = torch.dropout(weights, dropout_p, train=True)
     return torch.matmul(weights, repeat_kv(value.to(weights.dtype), weights.shape[1]))

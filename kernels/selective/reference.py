@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax, weighted_values
 from attnrewrite.kernels.visibility import check_attention, four_dimensional, full_precision, visible
+from torch import Tensor
 
 
 def selective_attention(
@@ -34,23 +33,23 @@ def selective_attention(
         F[i,j] = sum over k < i of S[k,j]                     strictly earlier queries
         O      = softmax_j(L - gamma F) V                     over visible keys, same F for all heads
 
-    M holds the visible pairs with i != j and j not protected. Key j is protected iff it is itself the earliest
-    key that query j sees: the first token, also under left padding and in each of several packed documents.
-    Votes and their sums are float32 (float64 for float64 inputs). A query that sees no key votes for nothing and
-    gives 0. With ``is_causal=False`` and no mask the order of the queries still decides who votes first.
+    M holds the visible pairs with i != j and j not protected. Key j is protected iff it is itself the
+    earliest key that query j sees: the first token, also under left padding and in each of several packed
+    documents. Votes and their sums are float32 (float64 for float64 inputs). A query that sees no key casts
+    no vote and gives 0. With ``is_causal=False`` the order of the queries still decides whose votes count.
 
     Args:
         query: ``[B, H, L, D]``, any floating-point dtype.
         key: ``[B, Hkv, L, D]``.
         value: ``[B, Hkv, L, Dv]``.
         attn_mask: boolean (True = visible), broadcastable to ``[B, 1, L, L]``, or a bias added to the logits
-            (-inf = invisible), broadcastable to ``[B, H, L, L]``. Where the -inf of a bias differ between heads,
-            votes and protected keys follow the selection head.
+            (-inf = invisible), broadcastable to ``[B, H, L, L]``. Where the -inf of a bias differ between
+            heads, votes and protected keys follow the selection head.
         dropout_p: probability of dropping an attention weight; applied whenever it is not 0.
         is_causal: key j is visible to query i iff j <= i.
         scale: factor of the logits; ``D ** -0.5`` if None.
         enable_gqa: allow Hkv < H; the selection head uses the KV head of its group.
-        window: with ``is_causal``, key j is visible to query i, and can be voted on by it, iff also i - j < window.
+        window: with ``is_causal``, query i sees key j, and may vote on it, iff also i - j < window.
         selection_head: the query head whose logits are the votes.
         gamma: number or 0-d tensor; strength of the votes. 0 gives plain attention.
         protect_first: False lets queries vote on every key but their own.
@@ -96,7 +95,8 @@ def selection_penalty(
         protect_first: whether the first visible key is exempt from votes.
 
     Returns:
-        F ``[B, L, L]``, F[:, i] holding the votes of the queries before i, and the state ``[B, L]``, those of all.
+        F ``[B, L, L]``, where F[:, i] sums the votes of the queries before i, and the state ``[B, L]``, which
+        sums those of all queries.
     """
     votes = torch.where(_may_vote(logits, seen, protect_first), torch.relu(logits), 0.0)  # [B, L, L]
     received = torch.cumsum(votes, dim=1)
@@ -116,7 +116,7 @@ def _may_vote(logits: Tensor, seen: Tensor | None, protect_first: bool) -> Tenso
         return seen & ~itself
     earlier = position.unsqueeze(-1) > position  # [L, L]
     sees_itself, sees_earlier = (seen & itself).any(dim=-1), (seen & earlier).any(dim=-1)
-    protected = sees_itself & ~sees_earlier  # [B or none, L], by query, and so by the key of the same position
+    protected = sees_itself & ~sees_earlier  # [..., L], of a query, hence of the key at its position
     return seen & ~itself & ~protected.unsqueeze(-2)
 
 
@@ -135,20 +135,19 @@ def _check_selection(
     if L != S:
         raise error(
             "AR402",
-            f"query has {L} positions and key {S}; the votes of selective attention are between positions of one "
-            "sequence",
+            f"query has {L} positions and key {S}; votes need the two to be one sequence",
             hint="pass query, key and value of the same length",
         )
     if not 0 <= selection_head < H:
-        raise error("AR402", f"selection_head is {selection_head}, query has {H} heads: 0 to {H - 1}", hint="")
+        raise error("AR402", f"selection_head is {selection_head}; query has heads 0 to {H - 1}", hint="")
     if isinstance(gamma, Tensor) and gamma.dim() != 0:
-        raise error("AR402", f"gamma has shape {tuple(gamma.shape)}; needed is a number or a 0-d tensor", hint="")
+        raise error("AR402", f"gamma has {gamma.dim()} dimensions; needed is a number or 0-d tensor", hint="")
     if attn_mask is None or attn_mask.dtype != torch.bool:
         return
     heads = four_dimensional(attn_mask).shape[1]
     if heads != 1:
         raise error(
             "AR402",
-            f"attn_mask is boolean with {heads} heads; needed is 1, because one set of votes serves all heads",
+            f"attn_mask is boolean with {heads} heads; needed is 1, as one set of votes serves all heads",
             hint="pass a mask that broadcasts to [B, 1, L, L]",
         )

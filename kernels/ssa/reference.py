@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.visibility import accumulation_dtype, check_attention, check_broadcast, check_shape
+from torch import Tensor
 
 
 def temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, positions: Tensor) -> Tensor:
     """Return the inverse temperature of every token and head: one part from the token, one from its position.
 
-    ``tau = tanh(sum_d GELU(projection)_d gate_d) + 1 + gain log(position)``, natural logarithm, exact (erf) GELU
-    (arXiv 2411.12892, token-aware and position-aware temperature). Larger is sharper. With ``gate`` and ``gain`` 0
-    it is exactly 1.
+    ``tau = tanh(sum_d GELU(projection)_d gate_d) + 1 + gain log(position)`` with natural logarithm and exact
+    (erf) GELU (arXiv 2411.12892, token-aware and position-aware temperature). Larger is sharper. With gate
+    and gain 0 it is exactly 1.
 
     Args:
-        projection: ``[B, H, L, D]``, a head's raw query (value) projection, before position embedding and norm.
+        projection: ``[B, H, L, D]``, the raw query (value) projection, before position embedding and norm.
         gate: ``[H, D]``.
         gain: number or 0-d tensor; the factor of the logarithm, after any sigmoid.
-        positions: 1-based, integer or float, broadcastable to ``[B, H, L]``. What is below 1 (padding) counts as 1.
+        positions: 1-based, integer or float, broadcastable to ``[B, H, L]``; below 1 (padding) counts as 1.
 
     Returns:
         ``[B, H, L]`` in float32 (float64 for float64 projections).
@@ -51,11 +50,11 @@ def ssa_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention with one inverse temperature per query and one per value (selective self-attention, arXiv 2411.12892).
+    """Attention with an inverse temperature per query and one per value (SSA, arXiv 2411.12892).
 
     ``softmax_j(cap(scale * tau_i q_i . k_j) + bias_ij) rho_j v_j`` over the visible keys j, where tau is
-    ``query_temperature`` and rho ``value_temperature``: plain attention of ``tau q``, ``k`` and ``rho v``. Keys, bias
-    and the softmax normaliser are not scaled. The two products are made in float32 and rounded back once.
+    ``query_temperature`` and rho ``value_temperature``: plain attention of ``tau q``, ``k`` and ``rho v``.
+    Keys, bias and the softmax normaliser are not scaled. The products are float32, rounded back once.
 
     Args:
         query: ``[B, H, L, D]``, any floating-point dtype; after position embedding and query norm.
@@ -72,7 +71,7 @@ def ssa_attention(
         softcap: bounds the logits, after the temperature and before bias and mask.
 
     Returns:
-        ``[B, H, L, Dv]`` in the dtype of ``query``, differentiable in every float input including temperatures.
+        ``[B, H, L, Dv]`` in the dtype of ``query``, differentiable in every float input.
 
     Raises:
         LoweringError: AR402, arguments that do not fit together.
@@ -103,12 +102,11 @@ def _check_temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, p
     if projection.dim() != 4 or not projection.is_floating_point():
         raise error(
             "AR402",
-            f"projection has shape {tuple(projection.shape)} and dtype {projection.dtype}; needed are 4 dimensions "
-            "and a floating-point dtype",
+            f"projection has {projection.dim()} dimensions of {projection.dtype}; needed are 4 of a float dtype",
             hint="projection is [B, H, L, D], gate is [H, D]",
         )
     B, H, L, D = projection.shape
     check_shape("gate", gate, "H x D", (H, D))
     check_broadcast("positions", positions, (B, H, L))
     if isinstance(gain, Tensor) and gain.dim() != 0:
-        raise error("AR402", f"gain has shape {tuple(gain.shape)}; needed is a number or a 0-d tensor", hint="")
+        raise error("AR402", f"gain has {gain.dim()} dimensions; needed is a number or 0-d tensor", hint="")
