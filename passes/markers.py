@@ -61,6 +61,13 @@ def find(capture: Capture) -> list[Marker]:
     return found
 
 
+def has_markers(module: fx.GraphModule) -> bool:
+    """Whether a graph, or a body inside it, holds a marker."""
+    inner = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    overload, packet = torch.ops.attnrewrite.enter.default, torch.ops.attnrewrite.enter
+    return any(node.target in (overload, packet) for m in inner for node in m.graph.nodes if node.op == "call_function")
+
+
 def consume(marker: Marker) -> None:
     """Remove the marker: what follows reads the layer's input itself."""
     source = marker.node.args[0]

@@ -56,8 +56,11 @@ class Pipeline:
                 row.rejections.append(reject.rejection(site.layer, site.source))
                 row.status = "matched" if reject.code == "AR401" else "rejected"
 
-    def rewrite(self, capture: Capture) -> Report:
-        """Rewrite the captured graph in place. Raises AttnRewriteError where a variant cannot be applied."""
+    def rewrite(self, capture: Capture) -> tuple[Report, list[fx.Node]]:
+        """Rewrite the captured graph in place; also return the buffers whose values the rewrites rely on.
+
+        Raises AttnRewriteError where a variant cannot be applied.
+        """
         report, found = self.inspect(capture)
         markers = marker_pass.find(capture)
         self._check_conflict(markers)
@@ -78,7 +81,13 @@ class Pipeline:
                 module.graph.eliminate_dead_code()
                 module.graph.lint()
                 module.recompile()
-        return report
+        assumed = [
+            buffer
+            for site, row in zip(found.attentions, report.sites, strict=False)
+            if row.status == "rewritten"
+            for buffer in site.visibility.assumed
+        ]
+        return report, assumed
 
     def _row(self, site: Attention, report: Report) -> Site:
         row = describe(site)
