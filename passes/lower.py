@@ -5,6 +5,8 @@ Nothing is erased: keys, values, scores or weights that are used elsewhere stay,
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -12,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.axes import ALIASES
+from attnrewrite.passes.certificate import fingerprint
 from attnrewrite.passes.graph import is_node, op
 from attnrewrite.passes.rules.base import Request, Rule
 from attnrewrite.passes.site import SiteTensors, nodes_read
@@ -20,10 +23,31 @@ _MOVES = {"transpose", "permute", "unsqueeze", "squeeze", "alias", "slice", "t"}
 _STRIDED = {"view", "_unsafe_view", "as_strided", "view_as", "view_as_complex"}
 
 
-def replace(site: Attention, rule: Rule, request: Request) -> None:
-    """Rewrite ``site`` in its graph."""
-    extra = rule.extra(site, request)
-    nodes = list(dict.fromkeys([*nodes_read(site), *extra.values()]))
+@dataclass
+class Lowering:
+    """Lowers sites; equal sites (the layers of one model) are traced once."""
+
+    memo: dict[str, fx.GraphModule] = field(default_factory=dict)
+
+    def replace(self, site: Attention, rule: Rule, request: Request) -> None:
+        """Rewrite ``site`` in its graph."""
+        extra = rule.extra(site, request)
+        nodes = list(dict.fromkeys([*nodes_read(site), *extra.values()]))
+        key = _key(site, request, extra, nodes)
+        if key not in self.memo:
+            self.memo[key] = _traced(site, rule, request, extra, nodes)
+        graph = site.output.graph
+        with graph.inserting_before(site.output):
+            out = graph.graph_copy(self.memo[key].graph, _inputs(self.memo[key], nodes))
+        assert isinstance(out, fx.Node)
+        _stamp(site, out, set(nodes), rule.variant)
+        site.output.replace_all_uses_with(out)
+        _erase(site)
+
+
+def _traced(
+    site: Attention, rule: Rule, request: Request, extra: dict[str, fx.Node], nodes: list[fx.Node]
+) -> fx.GraphModule:
     function = rule.function(request)
     keep_strides = _needs_strides(site.output)
     wanted = site.output.meta["val"]
@@ -34,14 +58,22 @@ def replace(site: Attention, rule: Rule, request: Request) -> None:
         out = t.result(function(t))
         return out.contiguous() if keep_strides and out.stride() != wanted.stride() else out
 
-    traced = _trace(rewritten, [node.meta["val"] for node in nodes])
-    graph = site.output.graph
-    with graph.inserting_before(site.output):
-        out = graph.graph_copy(traced.graph, _inputs(traced, nodes))
-    assert isinstance(out, fx.Node)
-    _stamp(site, out, set(nodes), rule.variant)
-    site.output.replace_all_uses_with(out)
-    _erase(site)
+    return _trace(rewritten, [node.meta["val"] for node in nodes])
+
+
+def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: list[fx.Node]) -> str:
+    """Describe what the traced function depends on, up to names."""
+    order = {node: n for n, node in enumerate(nodes)}
+    seen = site.visibility
+    read = [site.query.node, site.key.node, site.value.node, *(n for n, _, _ in site.scores.factors)]
+    read += [t.node for t in [*site.scores.terms, *seen.terms, *seen.bias]]
+    leaves = [(order.get(x.node), x.polarity, x.threshold) for x in [*seen.padding, *seen.dense]]
+    values = [(v.dtype, v.shape, v.stride()) if isinstance(v := n.meta["val"], torch.Tensor) else v for n in nodes]
+    slots = [order.get(node) for node in read] + [(name, order[node]) for name, node in extra.items()]
+    facts = (seen.facts, seen.empty_rows, seen.rows_never_empty, site.dropout, torch.is_grad_enabled())
+    result = (site.output.meta["val"].stride(), site.output.meta["val"].dtype, _needs_strides(site.output))
+    config = sorted(request.config.items())
+    return "\n".join(map(str, (fingerprint(site), slots, leaves, values, facts, result, request.variant, config)))
 
 
 def _trace(function: object, values: list[object]) -> fx.GraphModule:

@@ -17,12 +17,16 @@ from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.certificate import Prover
 from attnrewrite.passes.graph import source_line
-from attnrewrite.passes.lower import replace
+from attnrewrite.passes.lower import Lowering
 from attnrewrite.passes.match import Found, match
 from attnrewrite.passes.report import Rejection, Report, Site
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.select import Plan, request_for
+
+
+LEFT_AS_IT_IS = ("AR401", "AR404")
+"""Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Pipeline:
     verify: bool = True
     draw: bool = False
     prover: Prover = field(default_factory=Prover)
+    lowering: Lowering = field(default_factory=Lowering)
 
     def inspect(self, capture: Capture) -> tuple[Report, Found]:
         """Match and prove; change nothing."""
@@ -54,7 +59,7 @@ class Pipeline:
                 RULES[self.plan.variant].check(site, Request(self.plan.variant, self.plan.config))
             except Reject as reject:
                 row.rejections.append(reject.rejection(site.layer, site.source))
-                row.status = "matched" if reject.code == "AR401" else "rejected"
+                row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
 
     def rewrite(self, capture: Capture) -> tuple[Report, list[fx.Node]]:
         """Rewrite the captured graph in place; also return the buffers whose values the rewrites rely on.
@@ -109,10 +114,10 @@ class Pipeline:
             rule.check(site, request)
         except Reject as reject:
             row.rejections.append(reject.rejection(row.layer, source_line(reject.node) if reject.node else row.source))
-            row.status = "matched" if reject.code == "AR401" else "rejected"
+            row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
             row.implementation = "as written"
             return
-        replace(site, rule, request)
+        self.lowering.replace(site, rule, request)
         row.status = "rewritten"
         row.implementation = "fused" if request.variant == "sdpa" else "reference"
         if self.draw:

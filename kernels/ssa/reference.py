@@ -102,7 +102,7 @@ def _check_temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, p
     if projection.dim() != 4 or not projection.is_floating_point():
         raise error(
             "AR402",
-            f"projection has {projection.dim()} dimensions of {projection.dtype}; needed are 4 of a float dtype",
+            f"projection has {projection.dim()} dimensions of {projection.dtype}; needed: 4, float",
             hint="projection is [B, H, L, D], gate is [H, D]",
         )
     B, H, L, D = projection.shape

@@ -20,14 +20,14 @@ class SdpaRule:
     variant = "sdpa"
 
     def check(self, site: Attention, request: Request) -> None:
-        """Refuse active dropout (AR206) and what the fused operator cannot compute (AR401)."""
+        """Refuse active dropout (AR206), what the fused operator cannot compute (AR401), and what is fused already (AR404)."""
         if site.dropout > 0:
             raise Reject("AR206", f"the attention weights pass through dropout with p = {site.dropout:g}", site.output)
         if site.scores.softcap is not None:
             raise Reject("AR401", "torch's fused attention has no soft-cap", site.anchor)
         check_terms(site)
         if already_fused(site):
-            raise Reject("AR401", "the model already calls fused attention in its best form", site.anchor)
+            raise Reject("AR404", "the model calls fused attention itself", site.anchor)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
         """Nothing beside the site's own tensors."""
@@ -43,7 +43,7 @@ def exact(t: SiteTensors) -> torch.Tensor:
     q, k, v = common_dtype(t.query(), t.key(), t.value())
     mask, is_causal = mask_arguments(t, q.dtype)
     out = attention(q, k, v, mask, is_causal=is_causal, scale=t.site.scores.alpha, enable_gqa=t.grouped)
-    return empty_rows(t, out)
+    return empty_rows(t, out, q, k, v)
 
 
 def check_terms(site: Attention) -> None:
@@ -88,10 +88,36 @@ def common_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)
 
 
-def empty_rows(t: SiteTensors, out: torch.Tensor) -> torch.Tensor:
-    """Give rows without visible keys what the model gives them: NaN where it fills scores with -inf."""
+def empty_rows(
+    t: SiteTensors, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> torch.Tensor:
+    """Give rows without visible keys what the model gives them, values and gradients.
+
+    With -inf as fill that is NaN. With a finite fill it is the mean of all values, which the fused operator computes
+    too, but its backward rebuilds the weights of such a row from a log-sum that the fill has swallowed.
+    """
     seen = t.site.visibility
-    if seen.empty_rows != "nan" or seen.rows_never_empty:
+    if seen.empty_rows == "zero" or seen.rows_never_empty:
         return out
     visible = t.visible()
-    return out if visible is None else out.masked_fill(~visible.any(-1, keepdim=True), float("nan"))
+    if visible is None or (seen.empty_rows == "uniform" and not torch.is_grad_enabled()):
+        return out
+    some = visible.any(-1, keepdim=True)  # [B|1, H|1, L|1, 1]
+    if seen.empty_rows == "nan":
+        return out.masked_fill(~some, float("nan"))
+    return torch.where(some, out, _uniform(t.site.scores.alpha, q, k, v))
+
+
+def _uniform(alpha: float, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attend uniformly, [B, H, L, Dv], with the gradient of softmax at equal scores.
+
+    To first order softmax(s)·v = v̄ + α q·C with C = Σ_j (k_j - k̄) v_j / S, so the second term carries the gradient to q
+    and k and takes no part in the value.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    mean = v.mean(-2, keepdim=True)  # [B, Hkv, 1, Dv]
+    moment = (k - k.mean(-2, keepdim=True)).mT @ v.detach() / k.shape[-2]  # [B, Hkv, D, Dv]
+    if repeats > 1:
+        mean, moment = (x.repeat_interleave(repeats, 1) for x in (mean, moment))
+    slope = alpha * (q @ moment)
+    return mean + (slope - slope.detach())

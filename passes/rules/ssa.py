@@ -11,7 +11,7 @@ from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.projection import query_projection
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
+from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
 from attnrewrite.passes.site import SiteTensors
 
 
@@ -49,7 +49,7 @@ class SSARule:
             tau_q = temperature(raw, t.extra["q_gate"], gain(t.extra["q_gain"]), q_index)
             tau_v = temperature(v, t.extra["v_gate"], gain(t.extra["v_gain"]), v_index)
             mask, is_causal = mask_arguments(t, q.dtype)
-            out = ssa_attention(
+            return ssa_attention(
                 q,
                 k,
                 v,
@@ -62,7 +62,6 @@ class SSARule:
                 enable_gqa=t.grouped,
                 softcap=t.site.scores.softcap,
             )
-            return empty_rows(t, out)
 
         return ssa
 

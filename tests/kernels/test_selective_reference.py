@@ -36,12 +36,16 @@ def parts(query, key, seen, *, gamma=1.0, selection_head=0, protect_first=True):
     )
 
 
-def dense_formula(query, key, value, *, seen=None, inclusive=False, protect=0, own_votes=False, future_votes=False):
+def dense_formula(
+    query, key, value, *, seen=None, inclusive=False, protect=0, own_votes=False, future_votes=False
+):
     """The definition, pair by pair, with switches for the usual mistakes; selection head 0, one batch row."""
     L, H, Hkv = query.shape[2], query.shape[1], key.shape[1]
     seen = causal(L) if seen is None else seen
     heads = [h * Hkv // H for h in range(H)]
-    logits = torch.stack([query[0, h] @ key[0, g].T for h, g in enumerate(heads)]) / math.sqrt(query.shape[-1])
+    logits = torch.stack([query[0, h] @ key[0, g].T for h, g in enumerate(heads)]) / math.sqrt(
+        query.shape[-1]
+    )
     votes = torch.zeros(L, L, dtype=torch.float64)
     for i in range(L):
         for j in range(L):
@@ -226,8 +230,7 @@ CASES = {
 def seen_in(arguments):
     seen = causal(64)
     if "window" in arguments:
-        seen = seen & causal(64).T.flip(0, 1).triu(1 - arguments["window"]) | torch.eye(64, dtype=torch.bool)
-        seen = causal(64) & (torch.arange(64)[:, None] - torch.arange(64) < arguments["window"])
+        seen = seen & (torch.arange(64)[:, None] - torch.arange(64) < arguments["window"])
     if "attn_mask" in arguments:
         seen = seen & arguments["attn_mask"][0, 0]
     return seen
@@ -349,7 +352,7 @@ class TestExactProperties:
         out = selective_attention(*tensors)
         plain = F.scaled_dot_product_attention(*tensors, is_causal=True)
         torch.testing.assert_close(out[:, :, :3], plain[:, :, :3], **CLOSE)
-        assert (out[:, :, 3:] - plain[:, :, 3:]).abs().amax((0, 1, 3)).min() > 1e-6
+        assert (out[:, :, 5:] - plain[:, :, 5:]).abs().amax((0, 1, 3)).min() > 1e-3
 
     @pytest.mark.parametrize("L", [1, 2, 3])
     def test_up_to_three_tokens_equal_sdpa(self, random_qkv, L):
@@ -463,7 +466,6 @@ class TestExactProperties:
 
     def test_one_kv_head_per_group_equals_repeated_kv(self, random_qkv):
         query, key, value = random_qkv(2, 6, 2, 20, 8)
-        repeated = (tensor.repeat_interleave(3, dim=1) for tensor in (key, value))
         for head in (0, 5):
             grouped = selective_attention(query, key, value, enable_gqa=True, selection_head=head)
             repeated = [tensor.repeat_interleave(3, dim=1) for tensor in (key, value)]
@@ -595,9 +597,7 @@ class TestShapes:
         seen = causal(L) & real
         if shape.window is not None:
             seen &= torch.arange(L)[:, None] - torch.arange(L) < shape.window
-        out = selective_attention(
-            query, key, value, attn_mask=real, enable_gqa=True, window=shape.window
-        )
+        out = selective_attention(query, key, value, attn_mask=real, enable_gqa=True, window=shape.window)
         torch.testing.assert_close(out, dense_formula(query, key, value, seen=seen, protect=pad), **CLOSE)
 
     @pytest.mark.parametrize("L", [1, 2, 3, 63, 111])
@@ -681,14 +681,24 @@ class TestLowPrecision:
 
 
 class TestTracing:
-    def test_compiled_forward_and_backward(self, random_qkv):
-        compiled = torch.compile(selective_attention, backend="inductor", dynamic=True, fullgraph=True)
-        for L in (12, 33):
+    def test_compiled_forward_and_backward(self, random_qkv, quick_inductor):
+        self.check_compiled(random_qkv, "inductor", lambda L: {}, lengths=(12,))
+
+    def test_traced_forward_and_backward_with_mask(self, random_qkv):
+        def arguments(L):
+            return {"attn_mask": torch.arange(L).reshape(1, 1, 1, L) >= 3, "window": 9, "softcap": 5.0}
+
+        self.check_compiled(random_qkv, "aot_eager", arguments)
+
+    @staticmethod
+    def check_compiled(random_qkv, backend, arguments, lengths=(12, 33)):
+        dynamic = len(lengths) > 1
+        compiled = torch.compile(selective_attention, backend=backend, dynamic=dynamic, fullgraph=True)
+        for L in lengths:
             tensors = random_qkv(2, 4, 2, L, 8, dtype=torch.float32)
             gamma = torch.tensor(0.7, requires_grad=True)
-            mask = torch.arange(L).reshape(1, 1, 1, L) >= 3
-            arguments = {"attn_mask": mask, "enable_gqa": True, "gamma": gamma}
-            ours, plain = compiled(*tensors, **arguments), selective_attention(*tensors, **arguments)
+            options = {"enable_gqa": True, "gamma": gamma, **arguments(L)}
+            ours, plain = compiled(*tensors, **options), selective_attention(*tensors, **options)
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
             for found, expected in zip(
                 torch.autograd.grad(ours.square().sum(), (*tensors, gamma)),
