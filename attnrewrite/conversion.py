@@ -35,11 +35,17 @@ class EnterHook:
     config: VariantConfig
     names: tuple[str, ...]
 
+    def __post_init__(self) -> None:
+        settings = self.config.to_dict()
+        self.variant = settings.pop("variant")
+        # Written once and not at each call, because Dynamo would have to trace the writing.
+        self.site = markers.encode(self.layer, self.variant, settings, self.names)
+
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Replace the first floating-point tensor among the inputs by the marker's result."""
-        holder = getattr(module, self.config.variant, None)
+        holder = getattr(module, self.variant, None)
         parameters = [getattr(holder, name) for name in self.names]
         for index, value in enumerate(args):
             if _is_layer_input(value):
@@ -49,12 +55,6 @@ class EnterHook:
             if _is_layer_input(value):
                 return args, {**kwargs, key: torch.ops.attnrewrite.enter(value, parameters, self.site)}
         raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
-
-    @property
-    def site(self) -> str:
-        """The marker's text."""
-        config = self.config.to_dict()
-        return markers.encode(self.layer, config.pop("variant"), config, self.names)
 
 
 def _is_layer_input(value: Any) -> bool:

@@ -50,11 +50,16 @@ class Capture:
 def bodies(module: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
     """Yield the calls of higher-order operators in ``module`` with the graph that each one runs."""
     for node in module.graph.nodes:
-        first = node.args[0] if node.op == "call_function" and node.args else None
-        if isinstance(first, fx.Node) and first.op == "get_attr":
-            body = getattr(module, str(first.target), None)
+        for _, body in _body_arguments(node):
+            yield node, body
+
+
+def _body_arguments(node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
+    for position, arg in enumerate(node.args if node.op == "call_function" else ()):
+        if isinstance(arg, fx.Node) and arg.op == "get_attr":
+            body = getattr(node.graph.owning_module, str(arg.target), None)
             if isinstance(body, fx.GraphModule):
-                yield node, body
+                yield position, body
 
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
@@ -147,10 +152,11 @@ def _forget_contexts(module: fx.GraphModule) -> None:
 
 
 def _bind(capture: Capture) -> None:
-    """Connect the placeholders of bodies to what the outer graphs pass."""
+    """Connect the placeholders of bodies to what the outer graphs pass: the arguments behind the body."""
     for module in capture.graphs():
-        for call, body in bodies(module):
-            outer = [arg for arg in call.args[1:]]
-            for inner, value in zip(body.graph.find_nodes(op="placeholder"), outer, strict=False):
-                if isinstance(value, fx.Node):
-                    capture.bindings[inner] = value
+        for call in module.graph.nodes:
+            for position, body in _body_arguments(call):
+                placeholders = body.graph.find_nodes(op="placeholder")
+                for inner, value in zip(placeholders, call.args[position + 1 :], strict=False):
+                    if isinstance(value, fx.Node):
+                        capture.bindings[inner] = value

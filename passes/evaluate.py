@@ -98,9 +98,11 @@ class Evaluator:
         held: Any = node.graph.owning_module
         for part in str(node.target).split("."):
             held = getattr(held, part)
-        if not isinstance(held, torch.Tensor) or isinstance(held, torch.nn.Parameter):
-            raise DependsOnData(node)
-        return held
+        if isinstance(held, fx.GraphModule) or (
+            isinstance(held, torch.Tensor) and not isinstance(held, torch.nn.Parameter)
+        ):
+            return held
+        raise DependsOnData(node)
 
     def _dummy(self, node: fx.Node) -> torch.Tensor:
         val = node.meta["val"]

@@ -50,12 +50,12 @@ def _inputs(operand: Operand, inner: Dim) -> list[Operand]:
     if node.op != "call_function" or op(node) in _LINEAR:
         return []
     try:
-        moved = backward(layout, node)
-        if moved is not None:
-            return [Operand(*moved)]
         if op(node) in ("slice", "narrow") and is_node(node.args[0]):
             dim = int(argument(node, 1, "dim", 0)) % len(layout)
             return [Operand(node.args[0], _fresh_axis(layout, dim, node.args[0]))]
+        moved = backward(layout, node)
+        if moved is not None:
+            return [Operand(*moved)]
         if op(node) == "cat" and isinstance(node.args[0], list | tuple):
             dim = int(argument(node, 1, "dim", 0)) % len(layout)
             return [Operand(x, _fresh_axis(layout, dim, x)) for x in node.args[0] if is_node(x)]

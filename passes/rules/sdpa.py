@@ -89,18 +89,19 @@ def common_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def empty_rows(
-    t: SiteTensors, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    t: SiteTensors, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, forward: bool = False
 ) -> torch.Tensor:
     """Give rows without visible keys what the model gives them, values and gradients.
 
-    With -inf as fill that is NaN. With a finite fill it is the mean of all values, which the fused operator computes
-    too, but its backward rebuilds the weights of such a row from a log-sum that the fill has swallowed.
+    With -inf as fill that is NaN. With a finite fill it is the mean of all values. Given the model's own mask the fused
+    operator computes that too (``forward`` says that ``out`` does not), but its backward rebuilds the weights of such a
+    row from a log-sum that the fill has swallowed.
     """
     seen = t.site.visibility
     if seen.empty_rows == "zero" or seen.rows_never_empty:
         return out
     visible = t.visible()
-    if visible is None or (seen.empty_rows == "uniform" and not torch.is_grad_enabled()):
+    if visible is None or (seen.empty_rows == "uniform" and not (forward or torch.is_grad_enabled())):
         return out
     some = visible.any(-1, keepdim=True)  # [B|1, H|1, L|1, 1]
     if seen.empty_rows == "nan":

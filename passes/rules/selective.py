@@ -10,7 +10,7 @@ from torch import fx
 from attnrewrite.kernels.selective.reference import selective_attention
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.rules.sdpa import check_terms, common_dtype
+from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
 from attnrewrite.passes.site import SiteTensors, same_length
 
 
@@ -53,7 +53,7 @@ class SelectiveRule:
             mask = padding
             if bias is not None:
                 mask = bias if padding is None else bias.masked_fill(~padding, float("-inf"))
-            return selective_attention(
+            out = selective_attention(
                 q,
                 k,
                 v,
@@ -68,5 +68,6 @@ class SelectiveRule:
                 protect_first=protect,
                 softcap=t.site.scores.softcap,
             )
+            return empty_rows(t, out, q, k, v, forward=True)
 
         return selective
