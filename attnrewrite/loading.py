@@ -303,8 +303,7 @@ def _require(package: str) -> ModuleType:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the loader's bars and reports off the terminal: what matters of them is raised."""
-    from transformers.utils import logging
-
+    logging = importlib.import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
