@@ -8,7 +8,8 @@ from typing import Any
 import numpy
 import torch
 from gguf import GGUFWriter
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 96
 
@@ -32,8 +33,18 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def llama_folder(folder: Path) -> Path:
+    """Save the Llama with a tokenizer of one token per printable ASCII character."""
     llama().save_pretrained(folder)
+    character_tokenizer().save_pretrained(folder)
     return folder
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    letters = {chr(code): code - 32 for code in range(32, 127)}
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": VOCABULARY - 1, **letters}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
 
 
 def llama_gguf(path: Path) -> Path:
