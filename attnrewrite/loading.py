@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import io
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -302,13 +303,17 @@ def _require(package: str) -> ModuleType:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the loader's bars and reports off the terminal: what matters of them is raised."""
+    """Keep the loader's bars and reports off the terminal: what matters of them is raised.
+
+    The GGUF reader's bar knows no switch, so that stderr itself is taken away for the while.
+    """
     logging = importlib.import_module("transformers.utils.logging")
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

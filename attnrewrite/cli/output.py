@@ -127,7 +127,7 @@ class Output:
 def format_in(words: Sequence[str]) -> Format:
     """Find the output format among unparsed words, so that even a usage error takes it."""
     found = "human"
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         if word == "--format":
             found = following
         elif word.startswith("--format="):
