@@ -32,7 +32,7 @@ def rows(sites: Sequence[Site], *, fold: bool = True) -> list[Row]:
     plain = [_row(site) for site in sites]
     if not fold:
         return plain
-    alike: dict[tuple[str, ...], list[Row]] = {}
+    alike: dict[tuple[str, str, str, str, str, str], list[Row]] = {}
     for row in plain:
         key = (row.source, row.heads, row.lengths, row.mask, row.result, row.status)
         alike.setdefault(key, []).append(row)
