@@ -84,10 +84,8 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data; the report is in it by its summary."""
         data = asdict(self)
-        data["report"] = {
-            "summary": self.report.summary,
-            "layers": [site.layer for site in self.report.sites],
-        }
+        layers = [site.layer for site in self.report.sites]
+        data["report"] = {"summary": self.report.summary, "layers": layers}
         return data
 
 
@@ -213,11 +211,11 @@ def train_new_parameters(model: nn.Module, ids: Tensor, options: DemoOptions, li
     added = dict(new_parameters(model))
     gates = [parameter for name, parameter in added.items() if name.endswith("gate")]
     gains = [parameter for name, parameter in added.items() if not name.endswith("gate")]
-    groups = [{"params": gates, "lr": options.gate_rate}, {"params": gains, "lr": options.gain_rate}]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
-    frozen = [
-        p for p in model.parameters() if p.requires_grad and not any(p is new for new in added.values())
-    ]
+    rates = ((gates, options.gate_rate), (gains, options.gain_rate))
+    groups = [{"params": part, "lr": rate, "rate": rate} for part, rate in rates if part]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    new = {id(parameter) for parameter in added.values()}
+    frozen = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in new]
     strips = ids.split(options.seq_len, dim=1)
     order = _order(len(strips), options)
     losses, start = [], time.perf_counter()
@@ -226,10 +224,8 @@ def train_new_parameters(model: nn.Module, ids: Tensor, options: DemoOptions, li
     try:
         for step, index in enumerate(order):
             listen("training what was added", step, options.steps)
-            for group, rate in zip(
-                optimizer.param_groups, (options.gate_rate, options.gain_rate), strict=False
-            ):
-                group["lr"] = rate * _schedule(step, options.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * _schedule(step, options.steps)
             loss = strip_loss(model, strips[index])
             optimizer.zero_grad()
             loss.backward()

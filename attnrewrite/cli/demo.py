@@ -32,7 +32,8 @@ def command(output: Output, model: str | None, out: Path, steps: int, seq_len: i
     """Convert a small language model and train what was added.
 
     Finds its attention, converts one copy to ssa and one to selective, shows that both still compute the
-    same, trains the few new parameters of ssa on a short text, and measures all on it. Takes minutes on a CPU.
+    same, trains the few new parameters of ssa on a short text, and measures all on it. Takes minutes on a
+    CPU.
     """
     from attnrewrite.demo import DemoOptions, load_demo_model, run_demo
 

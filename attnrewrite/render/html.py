@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from attnrewrite.passes.report import Report
-from attnrewrite.render.rows import duration, rejections, rows
+from attnrewrite.render.rows import duration, rejections, rows, short_source
 
 
 def html_view(report: Report) -> str:
@@ -21,6 +21,7 @@ def html_view(report: Report) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
+    pages.filters["short_source"] = short_source
     return pages.get_template("report.html").render(
         report=report,
         sites=list(zip(rows(report.sites, fold=False), report.sites, strict=True)),
