@@ -18,7 +18,7 @@ FAMILIES = {
 
 _INTRODUCTION = """# Diagnostics
 
-Every error, warning and rejection carries one of these codes. `attnrewrite code AR203` shows an entry offline.
+Every error, warning and rejection carries one of these codes. `attnrewrite code AR203` shows one offline.
 
 <!-- Made from the table in kernels/diagnostics.py by `make docs`; do not edit. -->
 """
