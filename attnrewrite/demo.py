@@ -216,7 +216,7 @@ def train_new_parameters(model: nn.Module, ids: Tensor, options: DemoOptions, li
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     new = {id(parameter) for parameter in added.values()}
     frozen = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in new]
-    strips = ids.split(options.seq_len, dim=1)
+    strips = torch.split(ids, options.seq_len, dim=1)
     order = _order(len(strips), options)
     losses, start = [], time.perf_counter()
     for parameter in frozen:
@@ -228,7 +228,7 @@ def train_new_parameters(model: nn.Module, ids: Tensor, options: DemoOptions, li
                 group["lr"] = group["rate"] * _schedule(step, options.steps)
             loss = strip_loss(model, strips[index])
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(list(added.values()), 1.0)
             optimizer.step()
             losses.append(float(loss.detach()))

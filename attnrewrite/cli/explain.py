@@ -108,9 +108,9 @@ def _try_variant(loaded: LoadedModel, variant: str, report: Report) -> None:
     from attnrewrite.variants import parse_config
 
     config = parse_config(variant, {})
-    inputs = {"example_inputs": loaded.example_inputs, "example_kwargs": loaded.example_kwargs}
+    inputs, keywords = loaded.example_inputs, loaded.example_kwargs
     try:
-        convert(loaded.model, config, **inputs, verify=False)
+        convert(loaded.model, config, example_inputs=inputs, example_kwargs=keywords, verify=False)
     except AttnRewriteError as error:
         if error.code not in ("AR307", "AR312"):
             raise
