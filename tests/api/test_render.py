@@ -1,0 +1,181 @@
+import io
+import json
+from html.parser import HTMLParser
+
+import pytest
+from attnrewrite.passes.report import Mask, Rejection, Report, Site
+from rich.console import Console
+
+from attnrewrite.render.html import html_view, write_html, write_text
+from attnrewrite.render.rows import fold_paths, mask_text, rows
+from attnrewrite.render.text import text_view
+
+SOURCE = "/lib/site-packages/transformers/models/llama/modeling_llama.py:214"
+
+
+def site(layer, **changes):
+    facts = {"heads": 9, "kv_heads": 3, "query_length": 32, "key_length": 32, "mask": Mask("causal", 0)}
+    return Site(layer, SOURCE, **{"status": "matched", "certificate": "proved", **facts, **changes})
+
+
+@pytest.fixture
+def report():
+    sites = [site(f"model.layers.{index}.self_attn") for index in range(30)]
+    refusal = Rejection("AR203", "tanh stands between the product and the softmax", source=SOURCE)
+    sites[7] = site("model.layers.7.self_attn", status="rejected", rejections=[refusal])
+    router = Rejection("AR202", "the softmax is a router's", layer="model.layers.2.mlp.router", source=SOURCE)
+    timings, versions = {"capture": 2300.0, "match": 41.0}, {"torch": "2.13.0"}
+    return Report("tiny-llama", "export", sites, [router], timings, versions)
+
+
+def printed(renderable, width=120):
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_text_folds_layers_that_read_alike(report):
+    text = printed(text_view(report))
+    assert "tiny-llama · 30 attention sites: 29 matched, 1 rejected" in text
+    line = next(line for line in text.splitlines() if "{0..6,8..29}" in line)
+    assert line.split() == [
+        "model.layers.{0..6,8..29}.self_attn",
+        "modeling_llama.py:214",
+        "9/3",
+        "32\N{MULTIPLICATION SIGN}32",
+        "causal",
+        "matched,",
+        "proved",
+    ]
+    assert "rejected AR203" in text
+    assert len(text.splitlines()) < 20
+
+
+def test_text_says_each_rejection_in_three_lines(report):
+    lines = printed(text_view(report)).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("AR203"))
+    assert "unsupported form of scores" in lines[start]
+    assert "model.layers.7.self_attn" in lines[start]
+    assert lines[start + 1].strip() == "tanh stands between the product and the softmax"
+    assert lines[start + 2].strip().startswith("hint: ")
+
+
+def test_verbose_text_has_every_site_and_the_whole_source(report):
+    text = printed(text_view(report, verbose=True), width=200)
+    assert text.count("self_attn  ") >= 30
+    assert SOURCE in text
+    assert "capture 2.3 s · match 41 ms" in text
+
+
+def test_only_keeps_one_status(report):
+    text = printed(text_view(report, only="rejected"))
+    assert "{0..6,8..29}" not in text
+    assert "rejected AR203" in text
+    assert "30 attention sites" in text
+    assert "AR202" not in printed(text_view(report, only="matched"))
+
+
+def test_text_of_an_empty_report():
+    assert printed(text_view(Report("mlp"))).strip() == "mlp · 0 attention sites"
+
+
+def test_narrow_terminals_lose_no_letter(report):
+    text = printed(text_view(report), width=60)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 60
+
+
+def test_markup_in_names_is_plain_text():
+    named = Report("[red]m[/red]", sites=[site("[bold]layer[/bold]")])
+    assert "[bold]layer[/bold]" in printed(text_view(named))
+
+
+@pytest.mark.parametrize(
+    ("paths", "folded"),
+    [
+        (["a.0.b", "a.1.b", "a.2.b"], [("a.{0..2}.b", 3)]),
+        (["a.0.b", "a.2.b"], [("a.{0,2}.b", 2)]),
+        (["a.5.b"], [("a.5.b", 1)]),
+        (["attn", "attn"], [("attn", 1)]),
+        (["e.0.l.0.s", "e.1.l.0.s", "e.1.l.1.c"], [("e.{0..1}.l.0.s", 2), ("e.1.l.1.c", 1)]),
+        (["conv2d.attn", "conv3d.attn"], [("conv2d.attn", 1), ("conv3d.attn", 1)]),
+        (["0", "1"], [("{0..1}", 2)]),
+        ([], []),
+    ],
+)
+def test_fold_paths(paths, folded):
+    assert fold_paths(paths) == folded
+
+
+def test_masks_in_words():
+    assert mask_text(Mask("causal", 0)) == "causal"
+    assert mask_text(Mask("causal", 4)) == "causal +4"
+    assert mask_text(Mask("window+padding", 0, 8, True)) == "window 8+padding"
+
+
+def test_result_says_variant_and_implementation():
+    done = site("a", status="rewritten", variant="ssa", implementation="reference")
+    assert rows([done])[0].result == "rewritten → ssa → reference"
+
+
+class Page(HTMLParser):
+    """Collects what a reader and a network watcher would see."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_page_shows_every_site_and_needs_nothing_beside_it(report):
+    report.sites[0].before, report.sites[0].after = "softmax(q @ k)", "sdpa(q, k, v)"
+    text = html_view(report)
+    page = Page(text)
+    assert page.tags.count("tr") == 31
+    assert page.links == [f"#site-{index}" for index in range(30)]
+    assert "://" not in text
+    content = " ".join(page.words)
+    for word in (
+        "tiny-llama",
+        "softmax(q @ k)",
+        "sdpa(q, k, v)",
+        "AR203",
+        "AR202",
+        "2.3 s",
+        "2.13.0",
+        SOURCE,
+    ):
+        assert word in content
+
+
+def test_page_escapes_what_the_model_says():
+    evil = "<script>alert(1)</script>"
+    report = Report(evil, sites=[site(evil, before=evil)], rejections=[Rejection("AR202", evil)])
+    text = html_view(report)
+    assert evil not in text
+    assert Page(text).tags.count("script") == 1
+
+
+def test_page_of_an_empty_report():
+    assert "No attention was found" in html_view(Report("mlp"))
+
+
+def test_page_is_written_in_one_step(report, tmp_path):
+    path = tmp_path / "new" / "report.html"
+    write_html(report, path)
+    assert path.read_text(encoding="utf-8") == html_view(report)
+    with pytest.raises(TypeError):
+        write_text(path, None)
+    assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
+    assert path.read_text(encoding="utf-8") == html_view(report)
+
+
+def test_report_survives_json(report):
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
