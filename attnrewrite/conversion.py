@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def convert(
     try:
         for layer, (config, site) in chosen.items():
             _install(model, layer, config, site)
-        model.compile(backend=Backend(inner="eager", strict=True))
+        compile_in_place(model)
         if expected is not None:
             with without_cache(model, kwargs) as inputs:
                 compare(model, example_inputs, inputs, expected, all(c.starts_as_identity for c, _ in chosen.values()))
@@ -145,6 +146,19 @@ def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
         holder = model.get_submodule(path)
         for name in hook.names:
             yield ".".join(filter(None, (path, hook.config.variant, name))), getattr(getattr(holder, hook.config.variant), name)
+
+
+def compile_in_place(model: torch.nn.Module) -> None:
+    """Compile a converted model so that it can be called at once.
+
+    A model that is generated with, trained and evaluated meets more kinds of calls than torch's usual limit of eight,
+    beyond which torch would run it uncompiled, so the limit is raised, for this model only where torch can.
+    """
+    known = inspect.signature(torch.compile).parameters
+    limits = {"recompile_limit": 64, "isolate_recompiles": True}
+    model.compile(
+        backend=Backend(inner="eager", strict=True), **{name: value for name, value in limits.items() if name in known}
+    )
 
 
 def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None) -> None:

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import attnrewrite
-from attnrewrite.backend import Backend
-from attnrewrite.conversion import Conversion, conversion_of, install, new_parameters
+from attnrewrite.conversion import Conversion, compile_in_place, conversion_of, install, new_parameters
 from attnrewrite.errors import AttnRewriteWarning
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.variants import VariantConfig
@@ -99,7 +98,7 @@ def load_pretrained(model: torch.nn.Module | str | Path, path: str | Path | None
         raise error("AR603", f"{folder / WEIGHTS} holds weights of no site: {', '.join(sorted(weights)[:3])}")
     for layer, config, holder in holders:
         install(model, layer, config, holder)
-    model.compile(backend=Backend(inner="eager", strict=True))
+    compile_in_place(model)
     return model
 
 
