@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,24 @@ class EnterHook:
             if _is_layer_input(value):
                 return args, {**kwargs, key: torch.ops.attnrewrite.enter(value, parameters, self.site)}
         raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
+
+
+@dataclass
+class MarkedForward:
+    """The forward of a converted model that is itself the attention layer.
+
+    torch runs the hooks of a compiled model's outermost module outside the captured graph, so there the marker goes in
+    front of ``forward`` and not into a hook.
+    """
+
+    hook: EnterHook
+    module: torch.nn.Module
+    forward: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Mark the input, then run the model's own forward."""
+        args, kwargs = self.hook(self.module, args, kwargs)
+        return self.forward(*args, **kwargs)
 
 
 def _is_layer_input(value: Any) -> bool:
@@ -168,7 +186,11 @@ def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: t
     if holder is not None:
         owner.register_module(config.variant, holder)
         names = tuple(name for name, _ in holder.named_parameters())
-    owner.register_forward_pre_hook(EnterHook(layer, config, names), with_kwargs=True)
+    hook = EnterHook(layer, config, names)
+    if owner is model:
+        model.forward = MarkedForward(hook, model, model.forward)
+    else:
+        owner.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _install(model: torch.nn.Module, layer: str, config: VariantConfig, site: Attention) -> None:
@@ -183,6 +205,11 @@ def _install(model: torch.nn.Module, layer: str, config: VariantConfig, site: At
 
 def _remove(model: torch.nn.Module) -> None:
     for owner, hook in list(_hooks(model)):
+        marked = owner.__dict__.get("forward")
+        if isinstance(marked, MarkedForward):
+            del owner.forward
+            if not inspect.ismethod(marked.forward):  # the model had a forward of its own instance
+                owner.forward = marked.forward
         for key, found in list(owner._forward_pre_hooks.items()):
             if found is hook:
                 del owner._forward_pre_hooks[key]
@@ -198,6 +225,9 @@ def _hooks(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, EnterHook]
 
 
 def _named_hooks(model: torch.nn.Module) -> Iterator[tuple[str, EnterHook]]:
+    marked = model.__dict__.get("forward")
+    if isinstance(marked, MarkedForward):
+        yield "", marked.hook
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, EnterHook):
