@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
-from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, size_of, symbols
+from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, same, size_of, symbols
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.documents import split_documents
 from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
@@ -208,7 +208,7 @@ class MaskReader:
             for part in node.args[:2]:
                 if is_node(part):
                     self._conjuncts(Leaf(part, broadcast(layout, part), polarity), rows, heads, parts)
-        elif set(symbols(layout)) & set(flat(rows) + flat(heads)):
+        elif any(s in symbols(layout) and not same(s.size, 1) for s in flat(rows) + flat(heads)):
             parts.dense.append(leaf)
         else:
             parts.padding.append(leaf)

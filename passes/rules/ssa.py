@@ -78,6 +78,8 @@ def positions(t: SiteTensors) -> tuple[torch.Tensor, torch.Tensor]:
     if documents is not None and visible is not None:  # every document counts from 1
         earlier = documents & (index[:, :, None] <= index[..., None])
         real = (earlier if padding is None else earlier & padding).sum(-1)
+    if visible is not None and seen.dense and visible.shape[1] == 1:  # the last query sees every real token so far
+        real = visible.expand(-1, -1, -1, t.width)[:, :, -1].cumsum(-1)
     if visible is not None and (seen.padding or seen.dense or seen.documents):
         return visible.expand(-1, -1, -1, t.width).sum(-1), real
     if facts.offset is None:
