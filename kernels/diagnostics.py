@@ -296,6 +296,12 @@ _ALL = [
         "kernels='triton' was asked for, but this variant has no generated kernel for this device.",
         "use kernels='auto' or kernels='reference'",
     ),
+    Diagnostic(
+        "AR404",
+        "already fused",
+        "The model calls fused attention itself, and its masks and heads leave nothing to improve; the call stays.",
+        "nothing to do",
+    ),
     # AR6xx: saving and loading
     Diagnostic(
         "AR601",

@@ -1,0 +1,192 @@
+"""The torch.compile backend: re-trace, rewrite, hand on to an inner compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from torch import fx
+
+from attnrewrite.errors import AttnRewriteError, AttnRewriteWarning
+from attnrewrite.inner import compile_inner, inductor_modes
+from attnrewrite.kernels.diagnostics import closest, error
+from attnrewrite.passes.assumptions import Guarded, assumptions
+from attnrewrite.passes.capture import from_dynamo
+from attnrewrite.passes.certificate import Prover
+from attnrewrite.passes.markers import has_markers
+from attnrewrite.passes.pipeline import Pipeline
+from attnrewrite.passes.report import Report
+from attnrewrite.passes.select import Plan
+from attnrewrite.variants import VariantConfig, variant_info
+
+_CHOICES = {
+    "kernels": ("auto", "triton", "reference"),
+    "inner": ("inductor", "aot_eager", "eager"),
+}
+_PROVER = Prover()
+_REPORTS: dict[str, Report] = {}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A torch.compile backend that rewrites attention; ``torch.compile(model, backend=Backend(...))``.
+
+    Equal backends share compiled code. The same fields are the ``options=`` of ``backend="attnrewrite"``.
+
+    variant: a name, a config, or a config's JSON form. "sdpa" is exact and never changes meaning. Variants with
+        parameters go through ``convert`` first.
+    targets: glob or globs on layer paths.
+    exclude: glob or globs on layer paths to leave out.
+    strict: whether a failure inside the passes is an error; otherwise the original graph runs, with one warning.
+    kernels: "auto" takes generated kernels where there are any; "reference" never does; "triton" insists on them.
+    inner: the compiler for the rewritten graph.
+    verify: whether every match is proved in float64 before it is used.
+    report: a path for the report as JSON, or a function that is called with every graph's Report.
+
+    Raises:
+        CaptureError: AR101 for an unknown field, AR102 for a wrong value.
+        VariantError: AR301, AR302, AR303 for a wrong variant or config, AR304 for one that needs ``convert``.
+        LoweringError: AR403 where ``kernels="triton"`` and there is no generated kernel.
+    """
+
+    variant: str | VariantConfig | Mapping[str, Any] = "sdpa"
+    targets: str | Sequence[str] = "*"
+    exclude: str | Sequence[str] = ()
+    strict: bool = False
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    verify: bool = True
+    report: str | Path | Callable[[Report], None] | None = None
+    mode: str = "default"
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Refuse unknown fields with the closest known one."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                raise error("AR101", f"there is no option {key!r}; {closest(key, known)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise error("AR102", f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), choices)}")
+        if self.mode not in inductor_modes():
+            raise error("AR102", f"mode is {self.mode!r}; {closest(str(self.mode), inductor_modes())}")
+        for name in ("strict", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise error("AR102", f"{name} is {getattr(self, name)!r}; it takes True or False")
+        object.__setattr__(self, "variant", resolve(self.variant))
+        for name in ("targets", "exclude"):
+            object.__setattr__(self, name, globs(getattr(self, name)))
+        if self.kernels == "triton":
+            raise error("AR403", f"{self.config.variant} has no generated kernel yet")
+        if self.config.adds_parameters:
+            raise error("AR304", f"{self.config.variant} adds parameters to every layer", hint=_convert_hint(self.config))
+
+    @property
+    def config(self) -> VariantConfig:
+        """The variant's config."""
+        assert isinstance(self.variant, VariantConfig)
+        return self.variant
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """Rewrite one Dynamo graph and compile it."""
+        try:
+            return self._rewritten(gm, example_inputs)
+        except AttnRewriteError as failure:
+            if self._must_raise(gm):
+                raise
+            _warn(failure)
+        except Exception as failure:
+            if self._must_raise(gm):
+                raise error("AR901", f"{type(failure).__name__}: {failure}") from failure
+            _warn(error("AR901", f"{type(failure).__name__}: {failure}"))
+        return compile_inner(self.inner, self.mode, gm, example_inputs)
+
+    def _rewritten(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        capture = from_dynamo(gm, example_inputs)
+        report, assumed = self._pipeline().rewrite(capture)
+        self._deliver(report)
+        compiled = compile_inner(self.inner, self.mode, capture.module, example_inputs)
+        facts = assumptions(capture, assumed)
+        if not facts:
+            return compiled
+        return Guarded(compiled, facts, lambda: self._without_assumptions(gm, example_inputs))
+
+    def _without_assumptions(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile again without reading buffers: one that a mask was proved from has changed."""
+        capture = from_dynamo(gm, example_inputs)
+        capture.buffers.clear()
+        self._pipeline().rewrite(capture)
+        return compile_inner(self.inner, self.mode, capture.module, example_inputs)
+
+    def _pipeline(self) -> Pipeline:
+        config = self.config.to_dict()
+        name = config.pop("variant")
+        return Pipeline(Plan(name, config, tuple(self.targets), tuple(self.exclude)), self.verify, prover=_PROVER)
+
+    def _must_raise(self, gm: fx.GraphModule) -> bool:
+        """Whether running the original graph would change what the user asked for."""
+        return self.strict or self.config.variant != "sdpa" or has_markers(gm)
+
+    def _deliver(self, report: Report) -> None:
+        if self.report is None:
+            return
+        if callable(self.report):
+            self.report(report)
+            return
+        path = str(self.report)
+        whole = _REPORTS.setdefault(path, Report())
+        whole.extend(report)
+        Path(path).write_text(json.dumps(whole.to_dict(), indent=1, sort_keys=True))
+
+
+def attnrewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+    **kwargs: Any,
+) -> Callable[..., Any]:
+    """Entry point of ``backend="attnrewrite"``; ``options`` are the fields of ``Backend``."""
+    fields = {**(options or {}), **kwargs}
+    if mode is not None:
+        fields["mode"] = mode
+    return Backend(**fields)(gm, example_inputs)
+
+
+def resolve(variant: str | VariantConfig | Mapping[str, Any]) -> VariantConfig:
+    """Return the config that a name, a config or its JSON form stands for."""
+    if isinstance(variant, VariantConfig):
+        return variant
+    if isinstance(variant, str):
+        return variant_info(variant).config()
+    if isinstance(variant, Mapping):
+        return VariantConfig.from_dict(variant)
+    raise error("AR102", f"variant is {variant!r}; it takes a name, a config, or a config's JSON form")
+
+
+def globs(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Return one glob or several as a tuple. Raises CaptureError AR102."""
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list | tuple) else None
+    if found is None or not all(isinstance(x, str) for x in found):
+        raise error("AR102", f"{value!r} is no glob on layer paths, nor a list of them")
+    return found
+
+
+def _convert_hint(config: VariantConfig) -> str:
+    hint = "call attnrewrite.convert(model, config, example_inputs=...) first, then compile without naming a variant"
+    return hint + ("; or use SelectiveConfig(mode='raw')" if config.variant == "selective" else "")
+
+
+def _warn(failure: AttnRewriteError) -> None:
+    warnings.warn(f"{failure}\n  The original graph runs instead.", AttnRewriteWarning, stacklevel=3)
+
+

@@ -1,0 +1,180 @@
+"""Variant configs: frozen dataclasses, JSON both ways; and the registry of variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from attnrewrite.kernels.diagnostics import closest, error
+
+if TYPE_CHECKING:
+    import torch
+
+    from attnrewrite.passes.attention import Attention
+
+
+@dataclass(frozen=True)
+class VariantConfig:
+    """Base of every variant's config.
+
+    Subclasses set ``variant`` and, where they add parameters, override ``parameters``. Fields are numbers, strings and
+    booleans; a string field that takes one of few values declares it with ``Literal``.
+    """
+
+    variant: ClassVar[str] = ""
+
+    def __new__(cls, *args: Any, **fields: Any) -> Self:
+        """Refuse unknown fields with the closest known one. Raises VariantError AR302."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                names = closest(key, known) if known else "it has no fields"
+                raise error("AR302", f"{cls.variant} has no config key {key!r}; {names}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(self.variant, field.name, getattr(self, field.name), _types(type(self))[field.name])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data, with the variant's name under ``variant``."""
+        return {"variant": self.variant, **dataclasses.asdict(self)}
+
+    @property
+    def adds_parameters(self) -> bool:
+        """Whether this config needs ``convert``."""
+        return False
+
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a converted model computes the same function before it is trained."""
+        return False
+
+    def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+        """Return the module that holds the parameters of one layer, at their initial values."""
+        raise NotImplementedError
+
+    def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
+        """Return the same module for parameters of known shapes, to load saved ones into."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> VariantConfig:
+        """Rebuild a config from ``to_dict``. Raises VariantError AR301, AR302, AR303."""
+        fields = dict(data)
+        name = fields.pop("variant", cls.variant)
+        return variant_info(name).config(**fields)
+
+
+@dataclass(frozen=True)
+class VariantInfo:
+    """One row of the registry."""
+
+    name: str
+    summary: str
+    changes_meaning: bool
+    adds_parameters: bool
+    paper: str
+    config: type[VariantConfig]
+
+
+_REGISTRY: dict[str, VariantInfo] = {}
+
+
+def register_variant(info: VariantInfo, rule: object | None = None) -> None:
+    """Add a variant: its config and, from another package, its rewrite rule (see ``attnrewrite.passes.rules.base``).
+
+    Raises VariantError AR303 where the name is taken or differs between the parts.
+    """
+    if info.name in _REGISTRY:
+        raise error("AR303", f"a variant named {info.name!r} is registered already")
+    if info.config.variant != info.name:
+        raise error("AR303", f"the config's variant is {info.config.variant!r}, the registration says {info.name!r}")
+    if rule is not None:
+        from attnrewrite.passes.rules import RULES
+
+        RULES[info.name] = typing.cast("typing.Any", rule)
+    _REGISTRY[info.name] = info
+
+
+def list_variants() -> list[VariantInfo]:
+    """Return every registered variant, in order of registration."""
+    return list(_REGISTRY.values())
+
+
+def variant_info(name: str) -> VariantInfo:
+    """Look a variant up by name. Raises VariantError AR301."""
+    if name not in _REGISTRY:
+        raise error("AR301", f"there is no variant {name!r}; {closest(str(name), _REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def parse_config(name: str, settings: Mapping[str, str]) -> VariantConfig:
+    """Build a config from text, as the command line gives it. Raises VariantError AR301, AR302, AR303."""
+    config = variant_info(name).config
+    known = _types(config)
+    values = {key: _parse(name, key, text, known[key]) if key in known else text for key, text in settings.items()}
+    return config(**values)
+
+
+def config_fields(config: type[VariantConfig]) -> list[tuple[str, str, Any, str]]:
+    """Return (name, type, default, description) of every field."""
+    docs = _field_docs(config)
+    kinds = _types(config)
+    return [(f.name, _type_name(kinds[f.name]), f.default, docs.get(f.name, "")) for f in dataclasses.fields(config)]
+
+
+def _types(config: type[VariantConfig]) -> dict[str, Any]:
+    hints = typing.get_type_hints(config)
+    return {f.name: hints[f.name] for f in dataclasses.fields(config)}
+
+
+def _check(variant: str, name: str, value: Any, kind: Any) -> None:
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in typing.get_args(kind):
+            raise error("AR303", f"{variant}.{name} is {value!r}; {closest(str(value), typing.get_args(kind))}")
+        return
+    wanted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    accepted = tuple(int if t is float else t for t in wanted) + wanted
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in wanted):
+        raise error("AR303", f"{variant}.{name} is {value!r}, a {type(value).__name__}; it takes {_type_name(kind)}")
+
+
+def _parse(variant: str, name: str, text: str, kind: Any) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+            raise error("AR303", f"{variant}.{name} is {text!r}; it takes true or false")
+        return text.lower() in ("true", "1", "yes")
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            raise error("AR303", f"{variant}.{name} is {text!r}; it takes {_type_name(kind)}") from None
+    return text
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(kind)))
+    return getattr(kind, "__name__", str(kind))
+
+
+def _field_docs(config: type[VariantConfig]) -> dict[str, str]:
+    """Read the ``name: text`` lines of the class's docstring."""
+    docs: dict[str, str] = {}
+    names = {f.name for f in dataclasses.fields(config)}
+    last = ""
+    for line in (config.__doc__ or "").splitlines():
+        name, colon, text = line.strip().partition(": ")
+        if colon and name in names:
+            docs[name] = last_text = text.strip()
+            last = name if last_text else ""
+        elif last and line.strip():
+            docs[last] += " " + line.strip()
+        else:
+            last = ""
+    return docs

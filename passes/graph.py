@@ -1,0 +1,88 @@
+"""Small questions about one FX node: its op, its value, its place in the model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeGuard
+
+import torch
+from torch import fx
+
+_ROOT = re.compile(r"^L\[.*?\](\.|$)|^L__self__(\.|$|_)")
+_MODULES = re.compile(r"_modules\[['\"](.+?)['\"]\]|\[(\d+)\]")
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+
+
+def op(node: object) -> str:
+    """Return the ATen op's base name without the trailing underscore of in-place forms, or "" for anything else."""
+    if isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.removeprefix("aten::")
+        return name.removesuffix("_") if _is_inplace(node.target) else name
+    return ""
+
+
+def _is_inplace(target: torch._ops.OpOverload) -> bool:
+    name = target._schema.name
+    return name.endswith("_") and not name.endswith("__")
+
+
+def is_node(value: object) -> TypeGuard[fx.Node]:
+    """Whether ``value`` is a node."""
+    return isinstance(value, fx.Node)
+
+
+def tensor(node: fx.Node) -> torch.Tensor | None:
+    """Return the fake tensor that the node computes, or None."""
+    value = node.meta.get("val")
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """Return the node's shape: ints and SymInts."""
+    value = tensor(node)
+    if value is None:
+        raise TypeError(f"{node} is no tensor")
+    return tuple(value.shape)
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Return an argument given by position or by name."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)
+
+
+def layer_path(node: fx.Node) -> str:
+    """Return the path of the innermost module that the node was traced in, without the root."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return clean_path(next(reversed(stack.values()))[0])
+
+
+def clean_path(path: str) -> str:
+    """Turn ``L['self'].model.layers[0].attn`` and ``L['self']._modules['model']`` forms into plain paths."""
+    path = _ROOT.sub("", path)
+    path = _MODULES.sub(lambda m: "." + (m.group(1) or m.group(2)), path)
+    return re.sub(r"\.+", ".", path).strip(".").removeprefix("_orig_mod.").removeprefix("_orig_mod")
+
+
+def common_layer(nodes: list[fx.Node]) -> str:
+    """Return the path of the innermost module that holds all of ``nodes``."""
+    paths = [layer_path(node).split(".") for node in nodes]
+    common: list[str] = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)
+
+
+def source_line(node: fx.Node) -> str:
+    """Return ``file.py:line`` of the model's code that made the node; the file with its last folder."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if "/torch/nn/" not in frame[0]] or frames
+    if not frames:
+        return ""
+    file, line = frames[-1]
+    return "/".join(file.replace("\\", "/").split("/")[-2:]) + f":{line}"

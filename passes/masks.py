@@ -1,0 +1,343 @@
+"""Masks by evaluation: what depends only on positions is computed on the whole grid and compared with predicates.
+
+A mask term is taken apart into conjuncts. Conjuncts without data are evaluated together and named (none, causal with
+offset, sliding window); conjuncts over keys only are padding; the rest stays a tensor. Nothing is ever dropped without
+proof over the grid, and what is not understood never blocks a rewrite.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
+from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, size_of, symbols
+from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
+from attnrewrite.passes.graph import is_node, op, tensor
+from attnrewrite.passes.report import Mask
+from attnrewrite.passes.scores import constant
+
+NEGLIGIBLE = -1e9
+"""Scores at or below this count as invisible: exp(score - max) is exactly 0 unless a whole row is."""
+
+_AND = {"bitwise_and", "logical_and", "__and__", "__iand__"}
+_OR = {"bitwise_or", "logical_or", "__or__", "__ior__"}
+_NOT = {"bitwise_not", "logical_not"}
+
+
+@dataclass
+class _Parts:
+    """Conjuncts of a mask."""
+
+    static: list[Leaf] = field(default_factory=list)
+    padding: list[Leaf] = field(default_factory=list)
+    dense: list[Leaf] = field(default_factory=list)
+
+    def usable(self, graph: fx.Graph, whole: Leaf) -> None:
+        """Use the ``whole`` term in place of conjuncts that lie outside ``graph``."""
+        if any(leaf.node.graph is not graph for leaf in self.padding + self.dense):
+            self.padding, self.dense = [], [whole]
+
+
+@dataclass
+class MaskReader:
+    """Reads the mask terms of one graph; values are shared between sites."""
+
+    capture: Capture
+    evaluator: Evaluator = field(init=False)
+    memo: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.evaluator = Evaluator(self.capture)
+
+    def read(
+        self, graph: fx.Graph, scores: Scores, rows: Dim, cols: Dim, heads: Dim, *, sdpa: bool = False
+    ) -> Visibility:
+        """Split the terms of ``scores`` into masks and biases, and name the masks.
+
+        The leaves that the result holds are nodes of ``graph``, ready to be read by a rewrite.
+        """
+        seen, static, fills = Visibility(Mask()), list[Leaf](), list[float]()
+        for term in [part for term in scores.terms for part in self._addends(term)]:
+            read = self._term(graph, term, rows, heads)
+            if read is None:
+                seen.bias.append(term)
+                continue
+            parts, fill = read
+            seen.terms.append(term)
+            fills += [] if math.isnan(fill) else [fill]
+            static += parts.static
+            seen.padding += parts.padding
+            seen.dense += parts.dense
+        named = self._name(static, rows, cols)
+        if named is None:
+            seen.dense += [whole for term, whole in self._wholes(seen.terms) if self._has_static(term, rows, heads)]
+        else:
+            seen.facts, seen.rows_never_empty = Mask(**vars(named[0])), named[1]
+            seen.assumed = sorted({b for x in static for b in self.evaluator.buffers.get(x.node, ())})
+        if scores.is_causal and not scores.terms:
+            seen.facts, fills = Mask("causal", offset=0), [-math.inf]
+        self._describe(seen, fills)
+        seen.empty_rows = "zero" if sdpa else "nan" if all(f == -math.inf for f in fills) else "uniform"
+        return seen
+
+    def _describe(self, seen: Visibility, fills: list[float]) -> None:
+        facts = seen.facts
+        facts.padding, facts.fill = bool(seen.padding), fills[0] if fills else None
+        if seen.dense:
+            facts.kind, facts.offset, facts.window = "custom", None, None
+        elif seen.padding:
+            facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
+        seen.rows_never_empty &= not seen.padding and not seen.dense
+
+    def _wholes(self, terms: list[Term]) -> list[tuple[Term, Leaf]]:
+        return [(term, _whole(term)) for term in terms]
+
+    def _has_static(self, term: Term, rows: Dim, heads: Dim) -> bool:
+        read = self._term(term.node.graph, term, rows, heads)
+        return read is not None and bool(read[0].static)
+
+    def _term(self, graph: fx.Graph, term: Term, rows: Dim, heads: Dim) -> tuple[_Parts, float] | None:
+        """Return the term's conjuncts and its fill value (NaN: it does nothing), or None where it is a bias."""
+        parts = _Parts()
+        if term.kind == "fill":
+            if term.value > NEGLIGIBLE:
+                return None
+            self._conjuncts(_whole(term), rows, heads, parts)
+            parts.usable(graph, _whole(term))
+            return parts, term.value
+        if term.weight <= 0:
+            return None
+        value = self._static_value(term.node)
+        if value is not None:
+            largest = self._largest_nonzero(term.node, value)
+            if largest is not None and largest * term.weight > NEGLIGIBLE:
+                return None
+            parts.static = [] if largest is None else [_whole(term)]
+            return parts, math.nan if largest is None else largest * term.weight
+        found = self._selection(term.node, term.layout)
+        if found is None or found[1] * term.weight > NEGLIGIBLE:
+            return None
+        self._conjuncts(found[0], rows, heads, parts)
+        parts.usable(graph, _whole(term))
+        return parts, found[1] * term.weight
+
+    def _largest_nonzero(self, node: fx.Node, value: torch.Tensor) -> float | None:
+        if ("bias", node) not in self.memo:
+            gone = value[value != 0]
+            self.memo["bias", node] = float(gone.max()) if gone.numel() else None
+        found: float | None = self.memo["bias", node]
+        return found
+
+    def _addends(self, term: Term) -> list[Term]:
+        """Split a bias that is itself a sum, such as a position bias plus a mask."""
+        node = term.node
+        if term.kind == "add" and op(node) == "add" and not self.evaluator.is_static(node):
+            parts = [part for part in node.args[:2] if is_node(part)]
+            if len(parts) == 2 and constant(node.kwargs.get("alpha", 1)) == 1:
+                split = [Term("add", part, broadcast(term.layout, part), term.weight) for part in parts]
+                return [leaf for part in split for leaf in self._addends(part)]
+        return [term]
+
+    def _static_value(self, node: fx.Node) -> torch.Tensor | None:
+        try:
+            value = self.evaluator.value(node)
+        except DependsOnData:
+            return None
+        return value if isinstance(value, torch.Tensor) else None
+
+    def _selection(self, node: fx.Node, layout: Layout) -> tuple[Leaf, float] | None:
+        """Read an additive mask as (condition, fill): 0 where the condition holds, fill elsewhere."""
+        try:
+            while (moved := backward(layout, node)) is not None:
+                node, layout = moved
+        except AxisError:
+            return None
+        if node in self.capture.bindings:
+            return self._selection(self.capture.bindings[node], layout)
+        if op(node) in ("to", "_to_copy") and is_node(node.args[0]):
+            return self._selection(node.args[0], layout)
+        if op(node) == "where" and is_node(node.args[0]):
+            yes, no = (self._filled(x) for x in node.args[1:3])
+            condition = broadcast(layout, node.args[0])
+            if yes == 0 and no is not None and no < 0:
+                return Leaf(node.args[0], condition, True), no
+            if no == 0 and yes is not None and yes < 0:
+                return Leaf(node.args[0], condition, False), yes
+        if op(node) == "masked_fill" and self._filled(node.args[0]) == 0 and is_node(node.args[1]):
+            fill = constant(node.args[2])
+            if fill is not None and fill < 0:
+                return Leaf(node.args[1], broadcast(layout, node.args[1]), False), fill
+        return None
+
+    def _filled(self, value: Any) -> float | None:
+        """Return the one number that a literal or a constant tensor holds everywhere."""
+        number = constant(value)
+        if number is not None or not is_node(value):
+            return number
+        found = self._static_value(value)
+        if found is None or found.numel() == 0:
+            return None
+        first = found.flatten()[0]
+        return float(first) if bool((found == first).all()) else None
+
+    def _conjuncts(self, leaf: Leaf, rows: Dim, heads: Dim, parts: _Parts) -> None:
+        node, layout, polarity = leaf.node, leaf.layout, leaf.polarity
+        if self.evaluator.is_static(node):
+            parts.static.append(leaf)
+            return
+        inner = self._through(node, layout)
+        if inner is not None:
+            self._conjuncts(Leaf(*inner, polarity), rows, heads, parts)
+        elif op(node) in _NOT and is_node(node.args[0]):
+            self._conjuncts(Leaf(node.args[0], layout, not polarity), rows, heads, parts)
+        elif op(node) in (_AND if polarity else _OR):
+            for part in node.args[:2]:
+                if is_node(part):
+                    self._conjuncts(Leaf(part, broadcast(layout, part), polarity), rows, heads, parts)
+        elif set(symbols(layout)) & set(flat(rows) + flat(heads)):
+            parts.dense.append(leaf)
+        else:
+            parts.padding.append(leaf)
+
+    def _through(self, node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout] | None:
+        """Step through what only moves axes or casts booleans, and out of a body into its graph."""
+        if node in self.capture.bindings:
+            return self.capture.bindings[node], layout
+        try:
+            moved = backward(layout, node)
+        except AxisError:
+            return None
+        if moved is not None:
+            return moved
+        source = node.args[0] if node.args else None
+        if op(node) in ("to", "_to_copy") and is_node(source) and _is_bool(node) and _is_bool(source):
+            return source, layout
+        return None
+
+    def _name(self, static: list[Leaf], rows: Dim, cols: Dim) -> tuple[Mask, bool] | None:
+        """Name the conjunction of ``static``; also say whether every row of it has a visible key."""
+        if not static:
+            return Mask(), True
+        key = (tuple((x.node, x.polarity, x.threshold, _pattern(x.layout, rows, cols)) for x in static), size_of(rows))
+        if key not in self.memo:
+            self.memo[key] = self._predicate(static, rows, cols)
+        found: tuple[Mask, bool] | None = self.memo[key]
+        return found
+
+    def _predicate(self, static: list[Leaf], rows: Dim, cols: Dim) -> tuple[Mask, bool] | None:
+        found: tuple[Mask, bool] | None = None
+        for evaluator in self._evaluators(static, rows, cols):
+            try:
+                grid = _grid(evaluator, static, rows, cols)
+            except (DependsOnData, AxisError, RuntimeError):
+                return None
+            mask = None if grid is None else name_grid(grid)
+            if mask is None or (found is not None and mask != found[0]):
+                return None
+            found = (mask, bool(grid is not None and grid.any(-1).all()) and (found is None or found[1]))
+        return found
+
+    def _evaluators(self, static: list[Leaf], rows: Dim, cols: Dim) -> list[Evaluator]:
+        """One evaluator where sizes are numbers; several sizes, beyond every threshold, where they are symbols."""
+        sizes = [n for n in (size_of(rows), size_of(cols)) if isinstance(n, torch.SymInt)]
+        if not sizes:
+            return [self.evaluator]
+        free = {s for n in sizes for s in n.node.expr.free_symbols}
+        shapes = [n for x in static for n in x.node.meta["val"].shape if isinstance(n, torch.SymInt)]
+        every = {s for n in shapes for s in n.node.expr.free_symbols}
+        bound = max((n for x in static for n in literals(x.node, self.capture)), default=0)
+        if bound > 4096:
+            return [_NEVER]
+        tries = ({s: n + i for i, s in enumerate(free)} for n in (11, bound + 37))
+        return [self.evaluator, *(Evaluator(self.capture, {**dict.fromkeys(every - free, 2), **t}) for t in tries)]
+
+
+class _Never(Evaluator):
+    def value(self, node: fx.Node) -> Any:
+        raise DependsOnData(node)
+
+
+_NEVER = _Never(capture=None)  # type: ignore[arg-type]  # it never reads the capture
+
+
+def _whole(term: Term) -> Leaf:
+    """Return the term itself as one condition."""
+    if term.kind == "fill":
+        return Leaf(term.node, term.layout, not term.when)
+    return Leaf(term.node, term.layout, True, threshold=NEGLIGIBLE / 2)
+
+
+def _pattern(layout: Layout, rows: Dim, cols: Dim) -> tuple[str, ...]:
+    """Say which dims are rows and which are columns, without naming one site's symbols."""
+    axes = {flat(rows): "i", flat(cols): "j"}
+    return tuple(axes.get(flat(dim), "-") if dim else "" for dim in layout)
+
+
+def _is_bool(node: fx.Node) -> bool:
+    value = tensor(node)
+    return value is not None and value.dtype == torch.bool
+
+
+def _grid(evaluator: Evaluator, static: list[Leaf], rows: Dim, cols: Dim) -> torch.Tensor | None:
+    """Evaluate the conjunction as a bool tensor [L, S], or None where it differs between batches or heads."""
+    out: torch.Tensor | None = None
+    axes = (flat(rows), flat(cols))
+    for leaf in static:
+        value = evaluator.value(leaf.node)
+        value = value > leaf.threshold if leaf.threshold is not None else value.bool() == leaf.polarity
+        value = _to_rows_cols(value, leaf.layout, axes)
+        if value is None:
+            return None
+        out = value if out is None else out & value
+    if out is None:
+        return None
+    sizes = [int(evaluator.concrete(size_of(axis))) for axis in axes]
+    return out.expand(sizes)
+
+
+def _to_rows_cols(value: torch.Tensor, layout: Layout, axes: tuple[Dim, Dim]) -> torch.Tensor | None:
+    """Reduce other axes, which must be constant, and order the rest as [rows or 1, cols or 1]."""
+    layout = layout[len(layout) - value.dim() :]
+    for d, dim in enumerate(layout):
+        if flat(dim) in axes and dim:
+            continue
+        first = value.narrow(d, 0, 1)
+        if value.shape[d] != 1 and not bool((value == first).all()):
+            return None
+        value = first
+    positions = {flat(dim): d for d, dim in enumerate(layout) if dim}
+    row, col = positions.get(axes[0]), positions.get(axes[1])
+    keep = [d for d in (row, col) if d is not None]
+    value = value.permute([*(d for d in range(value.dim()) if d not in keep), *keep])
+    value = value.reshape([value.shape[value.dim() - len(keep) + i] for i in range(len(keep))])
+    if row is None:
+        value = value.unsqueeze(0)
+    return value.unsqueeze(-1) if col is None else value
+
+
+def name_grid(visible: torch.Tensor) -> Mask | None:
+    """Name a boolean grid [L, S]: none, causal with offset, or window; None if no predicate equals it everywhere."""
+    length, width = visible.shape
+    if bool(visible.all()):
+        return Mask("none")
+    i = torch.arange(length, device=visible.device)[:, None]
+    j = torch.arange(width, device=visible.device)[None, :]
+    counts = visible.sum(-1)
+    last = torch.where(visible, j, -1).amax(-1)
+    seen = counts > 0
+    if not bool(seen.any()):
+        return None
+    row = int(seen.nonzero()[0])
+    offset = int(last[row]) - row
+    if bool((visible == (j <= i + offset)).all()):
+        return Mask("causal", offset=offset)
+    window = int(counts.max())
+    if bool((visible == ((j <= i + offset) & (j > i + offset - window))).all()):
+        return Mask("window", offset=offset, window=window)
+    return None

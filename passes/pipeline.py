@@ -1,0 +1,220 @@
+"""The way of one graph: match, prove, select, rewrite, lower; everything found goes into one Report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
+from attnrewrite.passes import markers as marker_pass
+from attnrewrite.passes.attention import Attention, Reject
+from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.certificate import Prover
+from attnrewrite.passes.graph import source_line
+from attnrewrite.passes.lower import Lowering
+from attnrewrite.passes.match import Found, match
+from attnrewrite.passes.report import Rejection, Report, Site
+from attnrewrite.passes.rules import RULES
+from attnrewrite.passes.rules.base import Request
+from attnrewrite.passes.select import Plan, request_for
+
+
+LEFT_AS_IT_IS = ("AR401", "AR404")
+"""Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""
+
+
+@dataclass
+class Pipeline:
+    """Runs the passes over captured graphs. ``verify`` proves every site before anything is done with it."""
+
+    plan: Plan = field(default_factory=Plan)
+    verify: bool = True
+    draw: bool = False
+    prover: Prover = field(default_factory=Prover)
+    lowering: Lowering = field(default_factory=Lowering)
+
+    def inspect(self, capture: Capture) -> tuple[Report, Found]:
+        """Match and prove; change nothing."""
+        report = Report(entry=capture.entry)
+        with timed(report, "match"):
+            found = match(capture)
+        rows = [self._row(site, report) for site in found.attentions]
+        report.sites = rows + [refused_row(row) for _, row in found.refused]
+        report.rejections = found.not_attention
+        return report, found
+
+    def check(self, found: Found, report: Report) -> None:
+        """Say for every proved site whether the plan's variant covers it."""
+        for site, row in zip(found.attentions, report.sites, strict=False):
+            if row.status != "matched" or not self.plan.covers(site.layer):
+                continue
+            row.variant, row.config = self.plan.variant, dict(self.plan.config)
+            try:
+                RULES[self.plan.variant].check(site, Request(self.plan.variant, self.plan.config))
+            except Reject as reject:
+                row.rejections.append(reject.rejection(site.layer, site.source))
+                row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
+
+    def rewrite(self, capture: Capture) -> tuple[Report, list[fx.Node]]:
+        """Rewrite the captured graph in place; also return the buffers whose values the rewrites rely on.
+
+        Raises AttnRewriteError where a variant cannot be applied.
+        """
+        report, found = self.inspect(capture)
+        markers = marker_pass.find(capture)
+        self._check_conflict(markers)
+        with timed(report, "rewrite"):
+            for site, row in zip(found.attentions, report.sites, strict=False):
+                request = request_for(site, markers, self.plan)
+                if request is None:
+                    row.status = "skipped" if row.status == "matched" else row.status
+                elif row.status == "matched":
+                    self._apply(site, row, request)
+                else:
+                    row.variant = request.variant
+        self._check_applied(report, markers, found)
+        for marker in markers:
+            marker_pass.consume(marker)
+        with timed(report, "rewrite"):
+            for module in capture.graphs():
+                module.graph.eliminate_dead_code()
+                module.graph.lint()
+                module.recompile()
+        assumed = [
+            buffer
+            for site, row in zip(found.attentions, report.sites, strict=False)
+            if row.status == "rewritten"
+            for buffer in site.visibility.assumed
+        ]
+        return report, assumed
+
+    def _row(self, site: Attention, report: Report) -> Site:
+        row = describe(site)
+        if self.draw:
+            row.before = listing(site.output.graph, row.layer)
+        if self.verify:
+            with timed(report, "prove"):
+                wrong = self.prover.prove(site)
+            row.certificate = "failed" if wrong else "proved"
+            if wrong:
+                row.status = "rejected"
+                row.rejections.append(Rejection("AR205", wrong, row.layer, row.source))
+        return row
+
+    def _apply(self, site: Attention, row: Site, request: Request) -> None:
+        rule = RULES[request.variant]
+        row.variant, row.config = request.variant, dict(request.config)
+        try:
+            rule.check(site, request)
+        except Reject as reject:
+            row.rejections.append(reject.rejection(row.layer, source_line(reject.node) if reject.node else row.source))
+            row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
+            row.implementation = "as written"
+            return
+        self.lowering.replace(site, rule, request)
+        row.status = "rewritten"
+        row.implementation = "fused" if request.variant == "sdpa" else "reference"
+        if self.draw:
+            row.after = listing(site.anchor.graph, row.layer)
+
+    def _check_conflict(self, markers: list[marker_pass.Marker]) -> None:
+        if markers and self.plan.variant != "sdpa":
+            first = markers[0]
+            raise error(
+                "AR305",
+                f"the model carries {first.request.variant} and the backend was asked for {self.plan.variant}",
+                layer=first.layer,
+                hint="compile a converted model without naming a variant",
+            )
+
+    def _check_applied(self, report: Report, markers: list[marker_pass.Marker], found: Found) -> None:
+        """A variant that was asked for and not applied is an error, never a silent fall-back."""
+        failed = [s for s in report.sites if s.status in ("rejected", "matched") and s.variant not in ("", "sdpa")]
+        if self.plan.variant != "sdpa":
+            failed += [s for s in report.sites if s.status == "rejected" and s not in failed and self.plan.covers(s.layer)]
+        if failed:
+            raise not_applied(failed)
+        for marker in markers:
+            if not marker.used:
+                raise error("AR309", f"{marker.request.variant} was converted into this layer", layer=marker.layer)
+        if self.plan.variant != "sdpa" and not any(s.status == "rewritten" for s in report.sites):
+            self._nothing(report)
+
+    def _nothing(self, report: Report) -> None:
+        if report.sites:
+            layers = ", ".join(dict.fromkeys(s.layer for s in report.sites))
+            raise error("AR306", f"targets {', '.join(self.plan.targets)} leave none of: {layers}")
+        detail = f"{self.plan.variant} was asked for, and this graph holds no attention"
+        hint = f"{DIAGNOSTICS['AR201'].hint}; where graph breaks split the model, compile the part that attends"
+        raise error("AR201", detail, hint=hint)
+
+
+def not_applied(sites: list[Site]) -> AttnRewriteError:
+    """Build the error that lists sites at which a variant could not be applied."""
+    reasons = [(s, r) for s in sites for r in s.rejections]
+    lines = [f"{s.layer}  {r.code}: {r.detail}" for s, r in reasons[:5]]
+    more = [f"and {len(reasons) - 5} more"] if len(reasons) > 5 else []
+    codes = {r.code for _, r in reasons}
+    code = codes.pop() if len(codes) == 1 else "AR312"
+    wanted = next((s.variant for s in sites if s.variant), "the variant")
+    detail = f"{wanted} cannot be applied to {len(sites)} of the model's attention layers:\n    "
+    return error(code, detail + "\n    ".join([*lines, *more]))
+
+
+def refused_row(rejection: Rejection) -> Site:
+    """Turn a refused anchor into a site row."""
+    return Site(rejection.layer, rejection.source, "rejected", rejections=[rejection])
+
+
+def describe(site: Attention) -> Site:
+    """Write a matched site down as plain data."""
+    sizes = {k: v if isinstance(v, int) else str(v) for k, v in site.sizes().items()}
+    bias = [f"{t.kind} {list(t.node.meta['val'].shape)}".replace("'", "") for t in site.visibility.bias]
+    return Site(
+        layer=site.layer,
+        source=site.source,
+        status="matched",
+        spelling=list(site.spelling),
+        heads=sizes["H"],
+        kv_heads=sizes["Hkv"],
+        head_dim=sizes["D"],
+        value_dim=sizes["Dv"],
+        query_length=sizes["L"],
+        key_length=sizes["S"],
+        mask=site.visibility.facts,
+        bias=bias,
+        scale=site.scores.alpha,
+        softcap=site.scores.softcap,
+        dropout=site.dropout,
+    )
+
+
+def listing(graph: fx.Graph, layer: str) -> str:
+    """Write the part of a graph that belongs to one layer as text."""
+    lines = []
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        if any(layer and layer in str(entry[0]) for entry in stack.values()):
+            value = node.meta.get("val")
+            kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+            name = str(node.target).removeprefix("aten.")
+            arguments = ", ".join(str(a) for a in node.args)
+            lines.append(f"{node.name}: {kind} = {name}({arguments})")
+    return "\n".join(lines)
+
+
+@contextmanager
+def timed(report: Report, step: str) -> Iterator[None]:
+    """Add the block's time to the report."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.timings_ms[step] = report.timings_ms.get(step, 0.0) + (time.perf_counter() - start) * 1e3
+

@@ -1,0 +1,69 @@
+"""Legality: one attention must lie in one autocast and grad-mode region, and nothing may change its values in place."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from attnrewrite.passes.attention import Attention, Reject
+from attnrewrite.passes.axes import ALIASES, RESHAPES
+from attnrewrite.passes.graph import is_node, op
+
+_VIEWS = RESHAPES | (ALIASES - {"clone"}) | {"transpose", "permute", "t", "expand", "slice", "select", "squeeze", "unsqueeze"}
+
+
+def check_regions(site: Attention) -> None:
+    """Raise Reject where the site straddles a region (AR204) or a value is written in place (AR207)."""
+    inside = {node for _, node in site.region} | {site.output, site.anchor, site.scores.contraction}
+    read = {site.query.node, site.key.node, site.value.node, *(t.node for t in site.scores.terms)}
+    roots = {_root(node) for node in read}
+    first = min(inside)
+    started = False
+    depth = 0
+    for node in site.output.graph.nodes:
+        if node is site.output:
+            if depth:
+                raise Reject("AR204", "the attention begins and ends under different modes", node)
+            return
+        started = started or node is first
+        if not started:
+            continue
+        if _is_mode_switch(node):
+            depth = _switch(node, depth, site)
+        elif _written(node) is not None and (node not in inside) and _root(_written(node)) in roots | inside:
+            raise Reject("AR207", f"{node} writes in place to a value that this attention reads", node)
+        elif node in inside and depth:
+            raise Reject("AR204", f"{node} lies in another autocast or grad-mode region", node)
+
+
+def _is_mode_switch(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", "")
+    return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_grad_enabled")
+
+
+def _switch(node: fx.Node, depth: int, site: Attention) -> int:
+    """Count regions opened since the site began; one that closes a region opened before it splits the site."""
+    name = getattr(node.target, "__name__", "")
+    if name == "_enter_autocast":
+        return depth + 1
+    if name == "_exit_autocast":
+        if depth == 0:
+            raise Reject("AR204", "an autocast region ends inside the attention", node)
+        return depth - 1
+    raise Reject("AR204", "the grad mode changes inside the attention", node)
+
+
+def _written(node: fx.Node) -> fx.Node | None:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable or not node.args:
+        return None
+    return node.args[0] if is_node(node.args[0]) else None
+
+
+def _root(node: fx.Node | None) -> fx.Node | None:
+    """Return the value whose memory ``node`` shows."""
+    while node is not None and node.args and is_node(node.args[0]):
+        schema = getattr(node.target, "_schema", None)
+        if op(node) not in _VIEWS and not (schema is not None and schema.is_mutable):
+            break
+        node = node.args[0]
+    return node

@@ -1,0 +1,38 @@
+"""What a rule is: whether a variant covers a site, and the function that takes the site's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from attnrewrite.passes.attention import Attention
+from attnrewrite.passes.site import SiteTensors
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is wanted at a site: a variant with its config, and where it has parameters, their nodes and the marker."""
+
+    variant: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, fx.Node] = field(default_factory=dict)
+    marker: fx.Node | None = None
+
+
+class Rule(Protocol):
+    """How a site becomes one variant."""
+
+    variant: str
+
+    def check(self, site: Attention, request: Request) -> None:
+        """Raise Reject where the variant's definition or the available operators do not cover ``site``."""
+
+    def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
+        """Return further nodes that the function reads, by name."""
+
+    def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
+        """Return the function from the site's tensors to its result [B, H, L, Dv]."""

@@ -1,0 +1,124 @@
+"""The exact rewrite: the site becomes torch's fused attention and never changes meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from attnrewrite.kernels.sdpa.reference import attention
+from attnrewrite.passes.attention import Attention, Reject
+from attnrewrite.passes.masks import NEGLIGIBLE
+from attnrewrite.passes.rules.base import Request
+from attnrewrite.passes.site import SiteTensors
+
+
+class SdpaRule:
+    """Exact attention through ``scaled_dot_product_attention``, with the recovered flags in place of dense masks."""
+
+    variant = "sdpa"
+
+    def check(self, site: Attention, request: Request) -> None:
+        """Refuse active dropout (AR206), what the fused operator cannot compute (AR401), and what is fused already (AR404)."""
+        if site.dropout > 0:
+            raise Reject("AR206", f"the attention weights pass through dropout with p = {site.dropout:g}", site.output)
+        if site.scores.softcap is not None:
+            raise Reject("AR401", "torch's fused attention has no soft-cap", site.anchor)
+        check_terms(site)
+        if already_fused(site):
+            raise Reject("AR404", "the model calls fused attention itself", site.anchor)
+
+    def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
+        """Nothing beside the site's own tensors."""
+        return {}
+
+    def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
+        """Return fused attention on the canonical tensors."""
+        return exact
+
+
+def exact(t: SiteTensors) -> torch.Tensor:
+    """Compute the site's own attention, [B, H, L, Dv]."""
+    q, k, v = common_dtype(t.query(), t.key(), t.value())
+    mask, is_causal = mask_arguments(t, q.dtype)
+    out = attention(q, k, v, mask, is_causal=is_causal, scale=t.site.scores.alpha, enable_gqa=t.grouped)
+    return empty_rows(t, out, q, k, v)
+
+
+def check_terms(site: Attention) -> None:
+    """Refuse what no additive mask can express."""
+    for term in site.scores.terms:
+        if term.kind == "fill" and term.value > NEGLIGIBLE:
+            raise Reject("AR401", f"scores are filled with {term.value:g}, which still lets a masked key through", term.node)
+    if site.scores.alpha <= 0:
+        raise Reject("AR401", f"the scale {site.scores.alpha:g} is not positive", site.anchor)
+
+
+def already_fused(site: Attention) -> bool:
+    """Whether the model calls the fused operator and nothing about the call can be improved."""
+    if site.output is not site.anchor:
+        return False
+    simpler = bool(site.scores.terms) and plain_flags(site) is not None
+    repeated = bool(site.groups) and not site.anchor.kwargs.get("enable_gqa", False)
+    return not simpler and not repeated
+
+
+def plain_flags(site: Attention) -> bool | None:
+    """Return is_causal where the masks are nothing but "all visible" or "causal, top-left", else None."""
+    seen = site.visibility
+    if seen.bias or seen.padding or seen.dense or seen.facts.window is not None:
+        return None
+    if seen.facts.kind == "none":
+        return False
+    return True if seen.facts.kind == "causal" and seen.facts.offset == 0 else None
+
+
+def mask_arguments(t: SiteTensors, dtype: torch.dtype) -> tuple[torch.Tensor | None, bool]:
+    """Return (attn_mask, is_causal) for the site."""
+    flag = plain_flags(t.site)
+    return (t.written_mask(dtype), False) if flag is None else (None, flag)
+
+
+def common_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Bring operands to their widest dtype: a model may upcast queries and keys only."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)
+
+
+def empty_rows(
+    t: SiteTensors, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, forward: bool = False
+) -> torch.Tensor:
+    """Give rows without visible keys what the model gives them, values and gradients.
+
+    With -inf as fill that is NaN. With a finite fill it is the mean of all values. Given the model's own mask the fused
+    operator computes that too (``forward`` says that ``out`` does not), but its backward rebuilds the weights of such a
+    row from a log-sum that the fill has swallowed.
+    """
+    seen = t.site.visibility
+    if seen.empty_rows == "zero" or seen.rows_never_empty:
+        return out
+    visible = t.visible()
+    if visible is None or (seen.empty_rows == "uniform" and not (forward or torch.is_grad_enabled())):
+        return out
+    some = visible.any(-1, keepdim=True)  # [B|1, H|1, L|1, 1]
+    if seen.empty_rows == "nan":
+        return out.masked_fill(~some, float("nan"))
+    return torch.where(some, out, _uniform(t.site.scores.alpha, q, k, v))
+
+
+def _uniform(alpha: float, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attend uniformly, [B, H, L, Dv], with the gradient of softmax at equal scores.
+
+    To first order softmax(s)·v = v̄ + α q·C with C = Σ_j (k_j - k̄) v_j / S, so the second term carries the gradient to q
+    and k and takes no part in the value.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    mean = v.mean(-2, keepdim=True)  # [B, Hkv, 1, Dv]
+    moment = (k - k.mean(-2, keepdim=True)).mT @ v.detach() / k.shape[-2]  # [B, Hkv, D, Dv]
+    if repeats > 1:
+        mean, moment = (x.repeat_interleave(repeats, 1) for x in (mean, moment))
+    slope = alpha * (q @ moment)
+    return mean + (slope - slope.detach())

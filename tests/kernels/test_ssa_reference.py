@@ -1,0 +1,655 @@
+"""SSA attention: worked example, formula fixtures, exact properties (arXiv 2411.12892)."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attnrewrite.kernels.diagnostics import LoweringError
+from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax
+from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def causal(L):
+    return torch.ones(L, L, dtype=torch.bool).tril()
+
+
+def scalar(number):
+    return torch.tensor(number, dtype=torch.float64, requires_grad=True)
+
+
+def run(data, q_gain, v_gain):
+    """A whole causal layer: the raw projections are query and value themselves."""
+    positions = torch.arange(1, data.query.shape[2] + 1)
+    data.tau_q = temperature(data.query, data.q_gate, q_gain, positions)
+    data.tau_v = temperature(data.value, data.v_gate, v_gain, positions)
+    for tau in (data.tau_q, data.tau_v):
+        if tau.requires_grad:
+            tau.retain_grad()
+    data.out = ssa_attention(data.query, data.key, data.value, data.tau_q, data.tau_v, is_causal=True)
+    data.loss = (data.out * data.upstream).sum()
+    return data
+
+
+def weights_and_lse(query, key, tau_q):
+    seen = causal(query.shape[2])
+    logits = attention_logits(query * tau_q.unsqueeze(-1), key)
+    return masked_softmax(logits, seen), logits.masked_fill(~seen, -math.inf).logsumexp(-1)
+
+
+@pytest.fixture
+def worked(table):
+    """The worked example: B 1, H 1, L 4, D 2, scale 1 / sqrt 2, causal."""
+    tensors = {
+        "query": "[1 0] [0 1] [1 1] [-1 1]",
+        "key": "[1 1] [2 0] [0 1] [1 -1]",
+        "value": "[1 0] [0 1] [1 1] [2 -1]",
+    }
+    data = SimpleNamespace(
+        **{name: table(text)[None, None].requires_grad_() for name, text in tensors.items()}
+    )
+    data.upstream = table("[1 0] [0 1] [1 1] [1 -1]")[None, None]
+    data.q_gate, data.v_gate = table("[.5 -.25]").requires_grad_(), table("[-.5 .75]").requires_grad_()
+    data.q_alpha, data.v_alpha = scalar(-1.0), scalar(-2.0)
+    return data
+
+
+class TestWorkedExample:
+    def test_temperatures(self, worked, assert_prints):
+        run(worked, worked.q_alpha.sigmoid(), worked.v_alpha.sigmoid())
+        assert_prints(worked.tau_q, "1.39749672 .97912772 1.50275061 1.09100662")
+        assert_prints(worked.tau_v, "0.60250328 1.64137147 1.33824606 .36610551")
+
+    def test_token_part_before_the_tanh(self, worked, assert_prints):
+        for projection, gate, printed in (
+            (worked.query, worked.q_gate, ".42067237 -.21033619 .21033619 -.28966381"),
+            (worked.value, worked.v_gate, "-.42067237 .63100856 .21033619 -1.09624131"),
+        ):
+            token = temperature(projection, gate, 0.0, torch.ones(4)) - 1
+            assert_prints(token.atanh(), printed)
+
+    def test_weights_output_and_loss(self, worked, assert_prints):
+        run(worked, worked.q_alpha.sigmoid(), worked.v_alpha.sigmoid())
+        weights, lse = weights_and_lse(worked.query, worked.key, worked.tau_q)
+        assert_prints(weights[0, 0, 1, :2], "[.66648901 .33351099]")
+        assert_prints(weights[0, 0, 2, :3], "[.42633844 .42633844 .14732313]")
+        assert_prints(weights[0, 0, 3], "[.27851806 .05953513 .60241168 .05953513]")
+        assert_prints(lse, ".98817941 1.09807948 2.97773210 1.27827238")
+        assert_prints(
+            worked.out, "[.60250328 0] [.40156182 .54741541] [.45402490 .89693434] [1.01757538 .88209819]"
+        )
+        assert worked.loss.item() == pytest.approx(2.6363551361800934, rel=1e-15)
+
+    def test_gradients(self, worked, assert_prints):
+        run(worked, worked.q_alpha.sigmoid(), worked.v_alpha.sigmoid()).loss.backward()
+        assert_prints(
+            worked.query.grad,
+            "[0 0] [.19087557 -.18573292] [-.14752299 -.09577479] [-.01906278 -.00953488]",
+        )
+        assert_prints(
+            worked.key.grad,
+            "[-.43942014 -.49132559] [.21317392 .30255724] [.27046834 .14454623] [-.04422212 .04422212]",
+        )
+        assert_prints(
+            worked.value.grad,
+            "[.24964118 1.02893019] [.67707951 1.54083280] [.85058988 -.37991080] [-.01322548 -.02582916]",
+        )
+        assert_prints(worked.tau_q.grad, "[0 -.25798534 -.13808498 .01082669]")
+        assert_prints(worked.tau_v.grad, "[1.70485649 .70031429 .29464626 .17860539]")
+        assert_prints(worked.q_gate.grad, "[-.11276641 -.31052774]")
+        assert_prints(worked.v_gate.grad, "[1.57113099 .63226452]")
+        assert worked.q_alpha.grad.item() == pytest.approx(-0.06203395175260936, rel=1e-13)
+        assert worked.v_alpha.grad.item() == pytest.approx(0.11094908582444148, rel=1e-13)
+
+    def test_without_gates(self, worked, assert_prints):
+        worked.q_gate, worked.v_gate = (torch.zeros(1, 2, dtype=torch.float64) for _ in range(2))
+        assert_prints(
+            run(worked, 0.0, 0.0).out,
+            "[1 0] [.66976155 .33023845] [.59888791 .59888791] [1 .57709559]",
+        )
+        small = 1 / (1 + math.exp(7.4))
+        assert_prints(
+            run(worked, small, small).out,
+            "[1 0] [.66982777 .33031203] [.59898295 .59915281] [1.00050447 .57769551]",
+        )
+        # An alpha of 0 is far from plain attention: the wrong start for a pretrained model.
+        assert_prints(run(worked, 0.5, 0.5).out[0, 0, 3], "[1.43289892 1.13456865]")
+
+
+class TestFormulaFixtures:
+    @pytest.mark.parametrize(
+        ("q_alpha", "v_alpha", "sums", "alphas", "lse_last", "spikiness"),
+        [
+            (
+                -1.0,
+                -2.0,
+                (
+                    "469.9318297540 582.9236421578 -3.2863056260 212.1709294226 533.4126866283 "
+                    "966.7461744370 110.5316850971 2170.3732468552"
+                ),
+                "2.0506256391 -1.5290768816",
+                "4.6946841780",
+                "0.5332764256",
+            ),
+            (
+                -7.4,
+                -7.4,
+                (
+                    "447.2174923621 337.7827829145 -4.2196606039 83.4095323918 160.5859790895 619.7656535120 "
+                    "138.4555966850 1919.6578769356"
+                ),
+                "0.0063807405 -0.0106883406",
+                "4.2077446041",
+                "0.7447876547",
+            ),
+        ],
+        ids=["case_1", "case_2"],
+    )
+    def test_case(self, formulas, assert_prints, q_alpha, v_alpha, sums, alphas, lse_last, spikiness):
+        data = self.layer(formulas)
+        q_alpha, v_alpha = scalar(q_alpha), scalar(v_alpha)
+        run(data, q_alpha.sigmoid(), v_alpha.sigmoid()).loss.backward()
+        found = [data.out.sum(), data.out.square().sum(), data.loss]
+        graded = (data.query, data.key, data.value, data.q_gate, data.v_gate)
+        found += [tensor.grad.square().sum() for tensor in graded]
+        assert_prints(torch.stack(found), sums)
+        assert_prints(torch.stack([q_alpha.grad, v_alpha.grad]), alphas)
+        weights, lse = weights_and_lse(data.query, data.key, data.tau_q)
+        assert_prints(lse[0, 0, 63], lse_last)
+        assert_prints(spikiness_of(weights, causal(64)).mean(), spikiness)
+
+    def test_details_of_case_1(self, formulas, assert_prints):
+        data = self.layer(formulas)
+        run(data, torch.sigmoid(scalar(-1.0)), torch.sigmoid(scalar(-2.0)))
+        assert_prints(torch.stack([data.tau_q.min(), data.tau_q.max()]), "0.5269511045 2.7703352991")
+        assert_prints(data.tau_q[0, 0, :3], "1.17244364 1.57030535 1.82454618")
+        assert_prints(data.tau_v[0, 3, 63], "2.2629552757")
+        assert_prints(data.out[0, 0, 63, :4], ".06639737 .10412927 .05452065 -.04866483")
+
+    @staticmethod
+    def layer(formulas):
+        """Gates w_q[h,d] = .3 sin(1.1 d + .5 h) and w_v[h,d] = .3 cos(.8 d - .4 h)."""
+        data = formulas(1.0)
+        d = torch.arange(16, dtype=torch.float64)
+        h = torch.arange(4, dtype=torch.float64).unsqueeze(-1)
+        data.q_gate = (0.3 * torch.sin(1.1 * d + 0.5 * h)).requires_grad_()
+        data.v_gate = (0.3 * torch.cos(0.8 * d - 0.4 * h)).requires_grad_()
+        return data
+
+
+def spikiness_of(weights, seen):
+    """|s|_1 / (n |s|_2^2) of each row, n its number of visible keys: 1 when uniform, 1 / n when one-hot."""
+    return weights.sum(-1) / (seen.sum(-1) * weights.square().sum(-1))
+
+
+def draw_temperatures(random_qkv, B, H, Hkv, L, D, **options):
+    query, key, value = random_qkv(B, H, Hkv, L, D, **options)
+    source = torch.Generator().manual_seed(7)
+    taus = (0.3 + 2 * torch.rand(B, heads, L, generator=source, dtype=torch.float64) for heads in (H, Hkv))
+    return (query, key, value, *(tau.requires_grad_() for tau in taus))
+
+
+class TestTemperature:
+    def test_zero_parameters_give_exactly_one(self, random_qkv):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            projection, *_ = random_qkv(2, 3, 3, 9, 8, dtype=dtype)
+            tau = temperature(projection, torch.zeros(3, 8), 0.0, torch.arange(1, 10))
+            assert tau.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert (tau == 1).all()
+
+    def test_first_position_has_no_position_part(self, random_qkv):
+        projection, *_ = random_qkv(2, 3, 3, 9, 8)
+        gate = torch.zeros(3, 8, dtype=torch.float64)
+        tau = temperature(projection, gate, 0.7, torch.arange(1, 10))
+        assert (tau[:, :, 0] == 1).all()
+        torch.testing.assert_close(
+            tau[0, 0], 1 + 0.7 * torch.arange(1, 10, dtype=torch.float64).log(), **CLOSE
+        )
+
+    def test_padded_positions_count_as_the_first(self, random_qkv):
+        projection, *_ = random_qkv(2, 3, 3, 5, 8)
+        gain = scalar(0.5)
+        gate = torch.ones(3, 8, dtype=torch.float64)
+        padded = temperature(projection, gate, gain, torch.tensor([-1, 0, 0, 1, 2]))
+        first = temperature(projection, gate, gain, torch.tensor([1, 1, 1, 1, 2]))
+        assert torch.equal(padded, first)
+        (grad,) = torch.autograd.grad(padded.sum(), gain)
+        assert grad.item() == pytest.approx(6 * math.log(2), rel=1e-14)
+
+    @pytest.mark.parametrize("gain", [0.0, 0.3, 1.0])
+    def test_lies_between_zero_and_two_plus_the_position_part(self, random_qkv, gain):
+        projection, *_ = random_qkv(2, 3, 3, 63, 8)
+        positions = torch.arange(1, 64)
+        tau = temperature(projection, torch.ones(3, 8, dtype=torch.float64), gain, positions)
+        assert (tau > 0).all()
+        assert (tau < 2 + gain * positions.log()).all()
+
+    def test_positions_of_each_row_and_head(self, random_qkv):
+        projection, *_ = random_qkv(2, 3, 3, 4, 8)
+        gate = torch.ones(3, 8, dtype=torch.float64)
+        positions = torch.tensor([[1, 2, 3, 4], [1, 1, 1, 2]])
+        whole = temperature(projection, gate, 0.5, positions.unsqueeze(1))
+        for row in range(2):
+            alone = temperature(projection[row : row + 1], gate, 0.5, positions[row])
+            assert torch.equal(whole[row : row + 1], alone)
+
+    def test_log_and_sum_are_float32_for_16_bit_projections(self, random_qkv):
+        projection, *_ = random_qkv(1, 2, 2, 111, 32, dtype=torch.bfloat16)
+        gate = torch.linspace(-0.2, 0.2, 64, dtype=torch.float32).reshape(2, 32)
+        positions = torch.arange(4001, 4112)
+        tau = temperature(projection, gate, 0.5, positions)
+        exact = temperature(projection.double(), gate.double(), 0.5, positions)
+        torch.testing.assert_close(tau.double(), exact, rtol=2e-6, atol=0)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(temperature(projection, gate, 0.5, positions), tau)
+
+    def test_gradients_against_finite_differences(self, random_qkv):
+        projection, *_ = random_qkv(1, 2, 2, 4, 3)
+        gate = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+        positions = torch.arange(0, 4)
+        assert torch.autograd.gradcheck(
+            lambda *given: temperature(*given, positions), (projection, gate, scalar(0.3))
+        )
+
+    def test_parameters_at_the_identity_are_alive(self, random_qkv):
+        for L in (1, 9):
+            query, key, value = random_qkv(1, 2, 2, L, 8)
+            gates = [torch.zeros(2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+            gains = [scalar(0.0), scalar(0.0)]
+            positions = torch.arange(1, L + 1)
+            taus = [
+                temperature(projection, gate, gain, positions)
+                for projection, gate, gain in zip((query, value), gates, gains, strict=True)
+            ]
+            out = ssa_attention(query, key, value, *taus, is_causal=True)
+            q_gate, v_gate, q_gain, v_gain = torch.autograd.grad((out**3).sum(), (*gates, *gains))
+            assert (v_gate != 0).all()
+            if L == 1:
+                assert (q_gain == 0, v_gain == 0) == (True, True)
+                assert q_gate.abs().max() < 1e-15
+            else:
+                assert (q_gain != 0, v_gain != 0) == (True, True)
+                assert (q_gate != 0).all()
+
+
+class TestExactProperties:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("causality", [{"is_causal": True}, {}], ids=["causal", "full"])
+    def test_temperature_one_equals_sdpa_bit_for_bit(self, random_qkv, dtype, causality):
+        query, key, value = random_qkv(2, 4, 2, 17, 8, dtype=dtype)
+        out = ssa_attention(
+            query, key, value, torch.ones(2, 4, 17), torch.ones(2, 2, 17), enable_gqa=True, **causality
+        )
+        assert out.dtype == dtype
+        plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **causality)
+        assert torch.equal(out, plain)
+
+    def test_equals_sdpa_of_scaled_tensors(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 2, 4, 2, 17, 8)
+        out = ssa_attention(query, key, value, tau_q, tau_v, is_causal=True, enable_gqa=True)
+        plain = F.scaled_dot_product_attention(
+            tau_q[..., None] * query, key, tau_v[..., None] * value, is_causal=True, enable_gqa=True
+        )
+        assert torch.equal(out, plain)
+
+    def test_constant_temperatures_are_scale_and_factor(self, random_qkv):
+        query, key, value = random_qkv(2, 2, 2, 17, 4)
+        ones = torch.ones(2, 2, 17, dtype=torch.float64)
+        sharp = ssa_attention(query, key, value, 1.7 * ones, ones, is_causal=True)
+        plain = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.7 / 2)
+        torch.testing.assert_close(sharp, plain, **CLOSE)
+        large = ssa_attention(query, key, value, ones, 1.7 * ones, is_causal=True)
+        plain = 1.7 * F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        torch.testing.assert_close(large, plain, **CLOSE)
+
+    def test_value_temperature_stays_out_of_the_normaliser(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 4)
+        once = ssa_attention(query, key, value, tau_q, tau_v, is_causal=True)
+        twice = ssa_attention(query, key, value, tau_q, 2 * tau_v, is_causal=True)
+        assert torch.equal(twice, 2 * once)
+
+    def test_query_temperature_keeps_the_order_and_sharpens(self, random_qkv):
+        query, key, _ = random_qkv(2, 2, 2, 33, 8)
+        ones = torch.ones(2, 2, 33, dtype=torch.float64)
+        previous = None
+        for factor in (0.25, 0.5, 1.0, 2.0, 4.0):
+            weights, _ = weights_and_lse(query, key, factor * ones)
+            entropy = torch.special.entr(weights).sum(-1)
+            order = weights.argsort(dim=-1, stable=True, descending=True)
+            if previous is not None:
+                assert (entropy <= previous[0] + 1e-14).all()
+                assert (weights.amax(-1) >= previous[1] - 1e-14).all()
+                for i in range(33):
+                    assert torch.equal(order[:, :, i, : i + 1], previous[2][:, :, i, : i + 1])
+            previous = entropy, weights.amax(-1), order
+
+    def test_query_temperature_zero_gives_uniform_weights(self, random_qkv):
+        query, key, value, _, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 4)
+        zero = torch.zeros(1, 2, 9, dtype=torch.float64, requires_grad=True)
+        out = ssa_attention(query, key, value, zero, tau_v, is_causal=True)
+        scaled = tau_v[..., None] * value
+        mean = scaled.cumsum(2) / torch.arange(1, 10, dtype=torch.float64)[:, None]
+        torch.testing.assert_close(out, mean, **CLOSE)
+        (grad,) = torch.autograd.grad((out**2).sum(), zero)
+        assert grad.isfinite().all()
+
+    def test_negative_query_temperature_turns_the_order(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 4)
+        out = ssa_attention(query, key, value, -tau_q, tau_v, is_causal=True)
+        torch.testing.assert_close(
+            out, ssa_attention(-query, key, value, tau_q, tau_v, is_causal=True), **CLOSE
+        )
+
+    def test_no_leak_from_the_future(self, random_qkv):
+        data = [tensor.detach() for tensor in draw_temperatures(random_qkv, 2, 2, 2, 33, 8)]
+        changed = [tensor.clone() for tensor in data]
+        for tensor in changed:
+            tensor[:, :, 20:] = 3 * tensor[:, :, 20:].flip(2) + 1
+        before, after = (ssa_attention(*tensors, is_causal=True) for tensors in (data, changed))
+        assert torch.equal(before[:, :, :20], after[:, :, :20])
+        assert not torch.equal(before[:, :, 20:], after[:, :, 20:])
+
+    @pytest.mark.parametrize("pad", [1, 4])
+    def test_left_padding_changes_nothing(self, random_qkv, pad):
+        L = 15
+        tensors = random_qkv(1, 2, 2, L, 8)
+        gate = torch.linspace(-0.5, 0.5, 16, dtype=torch.float64).reshape(2, 8)
+
+        def layer(query, key, value, positions, **mask):
+            taus = [temperature(projection, gate, 0.3, positions) for projection in (query, value)]
+            return ssa_attention(query, key, value, *taus, is_causal=True, **mask)
+
+        positions = torch.arange(1, L + 1)
+        mask = (positions > pad).reshape(1, 1, 1, L)
+        padded = layer(*tensors, positions - pad, attn_mask=mask)
+        alone = layer(*(tensor[:, :, pad:] for tensor in tensors), positions[:-pad])
+        torch.testing.assert_close(padded[:, :, pad:], alone, **CLOSE)
+        assert (padded[:, :, :pad] == 0).all()
+
+    def test_packed_documents_equal_separate_runs(self, random_qkv):
+        data = draw_temperatures(random_qkv, 1, 2, 2, 15, 8)
+        document = torch.tensor([0] * 6 + [1] * 9)
+        packed = ssa_attention(*data, attn_mask=document[:, None] == document, is_causal=True)
+        for part in (slice(0, 6), slice(6, 15)):
+            alone = ssa_attention(*(tensor[:, :, part] for tensor in data), is_causal=True)
+            torch.testing.assert_close(packed[:, :, part], alone, **CLOSE)
+
+    def test_rows_computed_alone_equal_the_whole(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 4, 2, 15, 8)
+        whole = ssa_attention(query, key, value, tau_q, tau_v, is_causal=True, enable_gqa=True)
+        folded = tau_v[..., None] * value  # what a cache holds
+        for i in range(15):
+            row = ssa_attention(
+                query[:, :, i : i + 1],
+                key[:, :, : i + 1],
+                folded[:, :, : i + 1],
+                tau_q[:, :, i : i + 1],
+                torch.ones(1, 2, i + 1, dtype=torch.float64),
+                enable_gqa=True,
+            )
+            torch.testing.assert_close(row, whole[:, :, i : i + 1], **CLOSE)
+
+    def test_commutes_with_rotation(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 8)
+        angle = torch.arange(9, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+
+        def rotate(states):
+            left, right = states.chunk(2, dim=-1)
+            cos, sin = angle.cos(), angle.sin()
+            return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
+
+        after = ssa_attention(rotate(query), rotate(key), value, tau_q, tau_v, is_causal=True)
+        before = F.scaled_dot_product_attention(
+            rotate(tau_q[..., None] * query), rotate(key), tau_v[..., None] * value, is_causal=True
+        )
+        torch.testing.assert_close(after, before, **CLOSE)
+
+    def test_bias_is_not_scaled_and_the_cap_comes_after_the_temperature(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 8)
+        bias = -0.5 * (torch.arange(9)[:, None] - torch.arange(9)).abs().double()
+        for softcap in (None, 1.5):
+            logits = tau_q[..., None] * (query @ key.mT) / math.sqrt(8)
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            expected = masked_softmax(logits + bias, causal(9)) @ (tau_v[..., None] * value)
+            out = ssa_attention(query, key, value, tau_q, tau_v, bias, is_causal=True, softcap=softcap)
+            torch.testing.assert_close(out, expected, **CLOSE)
+
+    @pytest.mark.parametrize("softcap", [None, 3.0])
+    def test_gradients_against_finite_differences(self, random_qkv, softcap):
+        data = draw_temperatures(random_qkv, 1, 2, 1, 5, 3)
+
+        def layer(*tensors):
+            return ssa_attention(*tensors, is_causal=True, enable_gqa=True, softcap=softcap)
+
+        assert torch.autograd.gradcheck(layer, data)
+
+    def test_gradients_of_temperatures_are_row_products(self, random_qkv):
+        query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 8)
+        scaled = [
+            (tau[..., None] * states).detach().requires_grad_()
+            for tau, states in ((tau_q, query), (tau_v, value))
+        ]
+        plain = F.scaled_dot_product_attention(scaled[0], key, scaled[1], is_causal=True)
+        dq, dv = torch.autograd.grad((plain**3).sum(), scaled)
+        out = ssa_attention(query, key, value, tau_q, tau_v, is_causal=True)
+        dtau_q, dtau_v = torch.autograd.grad((out**3).sum(), (tau_q, tau_v))
+        torch.testing.assert_close(dtau_q, (dq * query).sum(-1), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(dtau_v, (dv * value).sum(-1), rtol=1e-11, atol=1e-12)
+
+    def test_spikiness_of_uniform_and_one_hot_rows(self):
+        rows = torch.tensor([[0.25] * 4, [0.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+        assert spikiness_of(rows, torch.ones(2, 4, dtype=torch.bool)).tolist() == [1.0, 0.25]
+
+
+class TestImbalancedTokens:
+    """Proposition 2: two token types, scores 1 and 0; the target gives each type a fixed share."""
+
+    @staticmethod
+    def mix(tau, counts, total):
+        """Attention of one query over ``counts`` minority tokens and the rest; returns the two shares."""
+        losses = []
+        for n, minority in zip(total, counts, strict=True):
+            key = torch.zeros(1, 1, n, 2, dtype=torch.float64)
+            key[..., :minority, 0] = 1
+            key[..., minority:, 1] = 1
+            query = torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64)
+            tau_q = tau(n, minority).reshape(1, 1, 1)
+            shares = ssa_attention(
+                query, key, key, tau_q, torch.ones(1, 1, n, dtype=torch.float64), scale=1.0
+            )
+            losses.append((shares[0, 0, 0] - torch.tensor([0.5, 0.5], dtype=torch.float64)).square().sum())
+        return torch.stack(losses).mean().item()
+
+    counts, total = [1, 2, 1, 2], [2, 4, 5, 10]  # imbalance 1, 1, 4, 4
+
+    def test_position_dependent_temperature_is_exact(self):
+        def exact(n, minority):
+            return torch.tensor(math.log((n - minority) / minority), dtype=torch.float64)
+
+        assert self.mix(exact, self.counts, self.total) < 1e-30
+
+    def test_no_flat_temperature_comes_near(self):
+        losses = [
+            self.mix(lambda n, m, flat=flat: torch.tensor(flat, dtype=torch.float64), self.counts, self.total)
+            for flat in torch.linspace(-2, 4, 121).tolist()
+        ]
+        assert min(losses) > 1 / 500
+
+    @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+    def test_any_share_is_reached(self, share):
+        n, minority = 12, 3
+        tau = math.log((n - minority) / minority) + math.log(share / (1 - share))
+        key = torch.zeros(1, 1, n, 2, dtype=torch.float64)
+        key[..., :minority, 0] = 1
+        key[..., minority:, 1] = 1
+        out = ssa_attention(
+            torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64),
+            key,
+            key,
+            torch.full((1, 1, 1), tau, dtype=torch.float64),
+            torch.ones(1, 1, n, dtype=torch.float64),
+            scale=1.0,
+        )
+        assert out.flatten().tolist() == pytest.approx([share, 1 - share], rel=1e-14)
+
+
+@st.composite
+def shapes(draw):
+    Hkv = draw(st.integers(1, 3))
+    return SimpleNamespace(
+        B=draw(st.integers(1, 2)),
+        Hkv=Hkv,
+        H=Hkv * draw(st.integers(1, 3)),
+        L=draw(st.integers(1, 12)),
+        S=draw(st.integers(1, 12)),
+        D=draw(st.integers(1, 8)),
+        Dv=draw(st.integers(1, 8)),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+class TestShapes:
+    @settings(max_examples=40, deadline=None)
+    @given(shape=shapes())
+    def test_equals_the_definition(self, shape):
+        source = torch.Generator().manual_seed(shape.seed)
+
+        def draw(*size):
+            return torch.randn(size, generator=source, dtype=torch.float64)
+
+        B, H, Hkv, L, S = shape.B, shape.H, shape.Hkv, shape.L, shape.S
+        query, key, value = draw(B, H, L, shape.D), draw(B, Hkv, S, shape.D), draw(B, Hkv, S, shape.Dv)
+        tau_q, tau_v = draw(B, H, L), draw(B, Hkv, S)
+        keys, scaled = (
+            tensor.repeat_interleave(H // Hkv, 1) for tensor in (key, tau_v.unsqueeze(-1) * value)
+        )
+        weights = (tau_q.unsqueeze(-1) * (query @ keys.mT) / math.sqrt(shape.D)).softmax(-1)
+        out = ssa_attention(query, key, value, tau_q, tau_v, enable_gqa=True)
+        torch.testing.assert_close(out, weights @ scaled, **CLOSE)
+
+    @pytest.mark.parametrize("L", [1, 2, 3, 63, 111])
+    def test_odd_lengths_and_strides(self, random_qkv, L):
+        data = [tensor.detach() for tensor in draw_temperatures(random_qkv, 2, 4, 2, L, 8)]
+        out = ssa_attention(*data, is_causal=True, enable_gqa=True)
+        strided = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in data]
+        torch.testing.assert_close(ssa_attention(*strided, is_causal=True, enable_gqa=True), out, **CLOSE)
+
+
+class TestLowPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("inputs", ["random_qkv", "sparse_votes"])
+    def test_no_worse_than_ordinary_pytorch(self, request, assert_no_worse, inputs, dtype):
+        draw = request.getfixturevalue(inputs)
+        for seed in range(3):
+            data = draw_temperatures(draw, 2, 4, 4, 111, 32, dtype=dtype, seed=seed)
+            exact_data = [tensor.detach().double().requires_grad_() for tensor in data]
+            query, key, value, tau_q, tau_v = data
+            ours = ssa_attention(query, key, value, tau_q.float(), tau_v.float(), is_causal=True)
+            ordinary = F.scaled_dot_product_attention(
+                tau_q.to(dtype)[..., None] * query, key, tau_v.to(dtype)[..., None] * value, is_causal=True
+            )
+            exact = ssa_attention(*exact_data, is_causal=True)
+            assert ours.dtype == dtype
+            assert_no_worse(ours, ordinary, exact, "output")
+            upstream = torch.randn(exact.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            grads = zip(
+                torch.autograd.grad(ours, data, upstream),
+                torch.autograd.grad(ordinary, data, upstream),
+                torch.autograd.grad(exact, exact_data, upstream.double()),
+                strict=True,
+            )
+            for name, trio in zip(("dq", "dk", "dv", "dtau_q", "dtau_v"), grads, strict=True):
+                # dtau = dq . q is a sum over D of products rounded to 16 bit: its largest error is one chance
+                # cancellation, up to 2.4 x apart between two equally precise runs.
+                assert_no_worse(*trio, name, largest=not name.startswith("dtau"))
+
+
+def whole_layer(query, key, value, gate, gain, positions):
+    taus = [temperature(projection, gate, gain, positions) for projection in (query, value)]
+    return ssa_attention(query, key, value, *taus, is_causal=True)
+
+
+class TestTracing:
+    def test_compiled_forward_and_backward(self, random_qkv, quick_inductor):
+        compiled = torch.compile(whole_layer, backend="inductor", dynamic=True, fullgraph=True)
+        for L in (12, 33):
+            tensors = random_qkv(2, 2, 2, L, 8, dtype=torch.float32)
+            gate = torch.linspace(-0.5, 0.5, 16).reshape(2, 8).requires_grad_()
+            gain = torch.tensor(0.2, requires_grad=True)
+            inputs = (*tensors, gate, gain)
+            positions = torch.arange(1, L + 1)
+            ours, plain = compiled(*inputs, positions), whole_layer(*inputs, positions)
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+            for found, expected in zip(
+                torch.autograd.grad(ours.square().sum(), inputs),
+                torch.autograd.grad(plain.square().sum(), inputs),
+                strict=True,
+            ):
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("mode", ["real", "symbolic"])
+    def test_make_fx(self, random_qkv, mode):
+        tensors = [tensor.detach() for tensor in random_qkv(1, 2, 2, 12, 8)]
+        gate = torch.linspace(-0.5, 0.5, 16, dtype=torch.float64).reshape(2, 8)
+        inputs = (*tensors, gate, torch.tensor(0.2, dtype=torch.float64), torch.arange(1, 13))
+        traced = make_fx(whole_layer, tracing_mode=mode)(*inputs)
+        torch.testing.assert_close(traced(*inputs), whole_layer(*inputs), **CLOSE)
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"query_temperature": torch.ones(1, 4, 5)}, ("query_temperature", "1 x 4 x 5", "1 x 4 x 6")),
+            ({"query_temperature": torch.ones(1, 4, 6, 1)}, ("1 x 4 x 6 x 1", "1 x 4 x 6")),
+            ({"value_temperature": torch.ones(1, 4, 6)}, ("value_temperature", "1 x 4 x 6", "1 x 2 x 6")),
+            ({"value_temperature": torch.ones(1, 2, 6, dtype=torch.int64)}, ("torch.int64",)),
+            ({"enable_gqa": False}, ("4 heads", "have 2")),
+            ({"attn_mask": torch.ones(6, 7, dtype=torch.bool)}, ("6 x 7", "1 x 4 x 6 x 6")),
+            ({"window": 2}, ("2", "False")),
+            ({"softcap": 0.0}, ("0.0",)),
+        ],
+    )
+    def test_attention_says_both_sides(self, change, says):
+        arguments = {
+            "query": torch.zeros(1, 4, 6, 8),
+            "key": torch.zeros(1, 2, 6, 8),
+            "value": torch.zeros(1, 2, 6, 8),
+            "query_temperature": torch.ones(1, 4, 6),
+            "value_temperature": torch.ones(1, 2, 6),
+            "enable_gqa": True,
+        } | change
+        with pytest.raises(LoweringError) as raised:
+            ssa_attention(**arguments)
+        assert raised.value.code == "AR402"
+        assert all(part in raised.value.detail for part in says), raised.value.detail
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"projection": torch.zeros(4, 6, 8)}, ("3 dimensions", "4")),
+            ({"projection": torch.zeros(1, 4, 6, 8, dtype=torch.int64)}, ("torch.int64",)),
+            ({"gate": torch.zeros(4, 7)}, ("4 x 7", "4 x 8")),
+            ({"gate": torch.zeros(32)}, ("32", "4 x 8")),
+            ({"positions": torch.arange(5)}, ("5", "1 x 4 x 6")),
+            ({"gain": torch.ones(4)}, ("1 dimensions", "0-d")),
+        ],
+    )
+    def test_temperature_says_both_sides(self, change, says):
+        arguments = {
+            "projection": torch.zeros(1, 4, 6, 8),
+            "gate": torch.zeros(4, 8),
+            "gain": 0.1,
+            "positions": torch.arange(1, 7),
+        } | change
+        with pytest.raises(LoweringError) as raised:
+            temperature(**arguments)
+        assert raised.value.code == "AR402"
+        assert all(part in raised.value.detail for part in says), raised.value.detail
