@@ -100,7 +100,9 @@ def convert(
             converted model differs.
     """
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise error("AR102", "model is the result of torch.compile", hint="convert the model itself, then compile it")
+        raise error(
+            "AR102", "model is the result of torch.compile", hint="convert the model itself, then compile it"
+        )
     choices = _choices(plan, globs(targets))
     if conversion_of(model) is not None:
         raise error("AR305", f"{type(model).__name__} carries {_describe(model)}")
@@ -115,7 +117,13 @@ def convert(
         model.compile(backend=Backend(inner="eager", strict=True))
         if expected is not None:
             with without_cache(model, kwargs) as inputs:
-                compare(model, example_inputs, inputs, expected, all(c.starts_as_identity for c, _ in chosen.values()))
+                compare(
+                    model,
+                    example_inputs,
+                    inputs,
+                    expected,
+                    all(c.starts_as_identity for c, _ in chosen.values()),
+                )
     except BaseException:
         _remove(model)
         raise
@@ -144,10 +152,15 @@ def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
     for path, hook in _named_hooks(model):
         holder = model.get_submodule(path)
         for name in hook.names:
-            yield ".".join(filter(None, (path, hook.config.variant, name))), getattr(getattr(holder, hook.config.variant), name)
+            yield (
+                ".".join(filter(None, (path, hook.config.variant, name))),
+                getattr(getattr(holder, hook.config.variant), name),
+            )
 
 
-def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None) -> None:
+def install(
+    model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None
+) -> None:
     """Register parameters and marker of one layer."""
     owner = model.get_submodule(layer)
     names: tuple[str, ...] = ()

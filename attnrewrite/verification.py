@@ -51,4 +51,6 @@ def compare(
         allowed = _ROUNDING_STEPS * torch.finfo(then.dtype).eps * float(then.abs().max())
         difference = float((now - then).abs().nan_to_num(0.0).max()) if then.numel() else 0.0
         if difference > allowed or bool((now.isnan() != then.isnan()).any()):
-            raise error("AR313", f"output {number} differs by {difference:.3g}; rounding explains {allowed:.3g}")
+            raise error(
+                "AR313", f"output {number} differs by {difference:.3g}; rounding explains {allowed:.3g}"
+            )
