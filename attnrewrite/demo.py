@@ -188,19 +188,14 @@ def _measure(
 
 
 def write_on(model: nn.Module, tokenizer: Any, new_tokens: int, prompt: str = PROMPT) -> str:
-    """Continue ``prompt`` greedily, without a cache, and return the continuation."""
+    """Continue ``prompt`` with the likeliest tokens, without a cache, and return the continuation."""
     ids = encode(tokenizer, prompt)
-    generate: Any = model.generate
+    start = ids.shape[1]
     with torch.no_grad():
-        written = generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=False,
-            pad_token_id=0,
-        )
-    return " ".join(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).split())
+        for _ in range(new_tokens):
+            logits = model(ids, **no_cache(model)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return " ".join(tokenizer.decode(ids[0, start:], skip_special_tokens=True).split())
 
 
 def train_new_parameters(model: nn.Module, ids: Tensor, options: DemoOptions, listen: Listener) -> Training:
