@@ -75,10 +75,7 @@ class Backend:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise error(
-                    "AR102",
-                    f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), choices)}",
-                )
+                raise error("AR102", f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), choices)}")
         if self.mode not in inductor_modes():
             raise error("AR102", f"mode is {self.mode!r}; {closest(str(self.mode), inductor_modes())}")
         for name in ("strict", "verify"):
@@ -90,11 +87,7 @@ class Backend:
         if self.kernels == "triton":
             raise error("AR403", f"{self.config.variant} has no generated kernel yet")
         if self.config.adds_parameters:
-            raise error(
-                "AR304",
-                f"{self.config.variant} adds parameters to every layer",
-                hint=_convert_hint(self.config),
-            )
+            raise error("AR304", f"{self.config.variant} adds parameters to every layer", hint=_convert_hint(self.config))
 
     @property
     def config(self) -> VariantConfig:
@@ -136,9 +129,7 @@ class Backend:
     def _pipeline(self) -> Pipeline:
         config = self.config.to_dict()
         name = config.pop("variant")
-        return Pipeline(
-            Plan(name, config, tuple(self.targets), tuple(self.exclude)), self.verify, prover=_PROVER
-        )
+        return Pipeline(Plan(name, config, tuple(self.targets), tuple(self.exclude)), self.verify, prover=_PROVER)
 
     def _must_raise(self, gm: fx.GraphModule) -> bool:
         """Whether running the original graph would change what the user asked for."""
@@ -197,3 +188,5 @@ def _convert_hint(config: VariantConfig) -> str:
 
 def _warn(failure: AttnRewriteError) -> None:
     warnings.warn(f"{failure}\n  The original graph runs instead.", AttnRewriteWarning, stacklevel=3)
+
+

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,9 +101,7 @@ def convert(
             converted model differs.
     """
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise error(
-            "AR102", "model is the result of torch.compile", hint="convert the model itself, then compile it"
-        )
+        raise error("AR102", "model is the result of torch.compile", hint="convert the model itself, then compile it")
     choices = _choices(plan, globs(targets))
     if conversion_of(model) is not None:
         raise error("AR305", f"{type(model).__name__} carries {_describe(model)}")
@@ -114,16 +113,10 @@ def convert(
     try:
         for layer, (config, site) in chosen.items():
             _install(model, layer, config, site)
-        model.compile(backend=Backend(inner="eager", strict=True))
+        compile_in_place(model)
         if expected is not None:
             with without_cache(model, kwargs) as inputs:
-                compare(
-                    model,
-                    example_inputs,
-                    inputs,
-                    expected,
-                    all(c.starts_as_identity for c, _ in chosen.values()),
-                )
+                compare(model, example_inputs, inputs, expected, all(c.starts_as_identity for c, _ in chosen.values()))
     except BaseException:
         _remove(model)
         raise
@@ -152,15 +145,23 @@ def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
     for path, hook in _named_hooks(model):
         holder = model.get_submodule(path)
         for name in hook.names:
-            yield (
-                ".".join(filter(None, (path, hook.config.variant, name))),
-                getattr(getattr(holder, hook.config.variant), name),
-            )
+            yield ".".join(filter(None, (path, hook.config.variant, name))), getattr(getattr(holder, hook.config.variant), name)
 
 
-def install(
-    model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None
-) -> None:
+def compile_in_place(model: torch.nn.Module) -> None:
+    """Compile a converted model so that it can be called at once.
+
+    A model that is generated with, trained and evaluated meets more kinds of calls than torch's usual limit of eight,
+    beyond which torch would run it uncompiled, so the limit is raised, for this model only where torch can.
+    """
+    known = inspect.signature(torch.compile).parameters
+    limits = {"recompile_limit": 64, "isolate_recompiles": True}
+    model.compile(
+        backend=Backend(inner="eager", strict=True), **{name: value for name, value in limits.items() if name in known}
+    )
+
+
+def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None) -> None:
     """Register parameters and marker of one layer."""
     owner = model.get_submodule(layer)
     names: tuple[str, ...] = ()

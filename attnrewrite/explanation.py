@@ -51,9 +51,7 @@ def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[s
     return from_program(export_model(model, args, kwargs))
 
 
-def export_model(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> torch.export.ExportedProgram:
+def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
     """Export a model as it is, compiled or not; its buffers are left as they were."""
     if not isinstance(model, torch.nn.Module):
         raise error("AR102", f"model is a {type(model).__name__}; it must be a torch.nn.Module")

@@ -15,9 +15,7 @@ def inductor_modes() -> tuple[str, ...]:
     return tuple(list_mode_options())
 
 
-def compile_inner(
-    inner: str, mode: str, gm: fx.GraphModule, example_inputs: Sequence[Any]
-) -> Callable[..., Any]:
+def compile_inner(inner: str, mode: str, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile ``gm`` with the named compiler."""
     if inner == "eager":
         return gm

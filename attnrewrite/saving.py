@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import attnrewrite
-from attnrewrite.backend import Backend
-from attnrewrite.conversion import Conversion, conversion_of, install, new_parameters
+from attnrewrite.conversion import Conversion, compile_in_place, conversion_of, install, new_parameters
 from attnrewrite.errors import AttnRewriteWarning
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.variants import VariantConfig
@@ -54,12 +53,7 @@ def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool
 
 
 def save_conversion(
-    model: torch.nn.Module,
-    source: Path,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    report: Mapping[str, Any] | None = None,
+    model: torch.nn.Module, source: Path, out: Path, *, overwrite: bool = False, report: Mapping[str, Any] | None = None
 ) -> Path:
     """Save the conversion of ``model`` beside a copy of the base files in the folder (or file) ``source``.
 
@@ -98,16 +92,13 @@ def load_pretrained(model: torch.nn.Module | str | Path, path: str | Path | None
     weights = _read_weights(folder)
     expected = data.get("base", {}).get("fingerprint")
     if expected not in (None, fingerprint(model)):
-        raise error(
-            "AR603",
-            f"{folder} was made from another {data['base'].get('class', 'model')}: names or shapes differ",
-        )
+        raise error("AR603", f"{folder} was made from another {data['base'].get('class', 'model')}: names or shapes differ")
     holders = [_holder(model, entry, weights) for entry in data["sites"]]
     if weights:
         raise error("AR603", f"{folder / WEIGHTS} holds weights of no site: {', '.join(sorted(weights)[:3])}")
     for layer, config, holder in holders:
         install(model, layer, config, holder)
-    model.compile(backend=Backend(inner="eager", strict=True))
+    compile_in_place(model)
     return model
 
 
@@ -164,9 +155,7 @@ def _write(
     sites = []
     for layer, config in conversion.sites.items():
         prefix = ".".join(filter(None, (layer, config.variant))) + "."
-        shapes = {
-            k.removeprefix(prefix): list(v.shape) for k, v in parameters.items() if k.startswith(prefix)
-        }
+        shapes = {k.removeprefix(prefix): list(v.shape) for k, v in parameters.items() if k.startswith(prefix)}
         sites.append({"layer": layer, "config": config.to_dict(), "parameters": shapes})
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -176,12 +165,8 @@ def _write(
         "sites": sites,
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
-    (folder / REPORT).write_text(
-        json.dumps(report or {"sites": [s["layer"] for s in sites]}, indent=2) + "\n"
-    )
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in parameters.items()}, folder / WEIGHTS
-    )
+    (folder / REPORT).write_text(json.dumps(report or {"sites": [s["layer"] for s in sites]}, indent=2) + "\n")
+    save_file({name: value.detach().cpu().contiguous() for name, value in parameters.items()}, folder / WEIGHTS)
     if not (folder / CARD).exists():
         (folder / CARD).write_text(_card(model, conversion))
 
@@ -196,7 +181,7 @@ def _card(model: torch.nn.Module, conversion: Conversion) -> str:
         "---\nlibrary_name: attnrewrite\n---\n"
         f"# {type(model).__name__} with {what}\n\n"
         f"Converted by attnrewrite {attnrewrite.__version__}; {added:,} parameters were added. Load it with\n\n"
-        '```python\nimport attnrewrite\nmodel = attnrewrite.load_pretrained("this folder")\n```\n'
+        "```python\nimport attnrewrite\nmodel = attnrewrite.load_pretrained(\"this folder\")\n```\n"
     )
 
 
@@ -211,15 +196,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("sites"), list) or "schema_version" not in data:
         raise error("AR604", f"{file} has no schema_version or sites")
     if data["schema_version"] != SCHEMA_VERSION:
-        raise error(
-            "AR604",
-            f"{file} has schema version {data['schema_version']}, this library knows {SCHEMA_VERSION}",
-        )
+        raise error("AR604", f"{file} has schema version {data['schema_version']}, this library knows {SCHEMA_VERSION}")
     strange = sorted(set(data) - _KEYS)
     if strange:
-        warnings.warn(
-            f"AR604 {file} has unknown entries: {', '.join(strange)}", AttnRewriteWarning, stacklevel=3
-        )
+        warnings.warn(f"AR604 {file} has unknown entries: {', '.join(strange)}", AttnRewriteWarning, stacklevel=3)
     return data
 
 
@@ -256,9 +236,7 @@ def _holder(
         if value is None:
             raise error("AR603", f"{WEIGHTS} lacks {key}")
         if value.shape != parameter.shape:
-            raise error(
-                "AR603", f"{key} is {list(value.shape)} in {WEIGHTS} and {list(parameter.shape)} in {CONFIG}"
-            )
+            raise error("AR603", f"{key} is {list(value.shape)} in {WEIGHTS} and {list(parameter.shape)} in {CONFIG}")
         with torch.no_grad():
             parameter.copy_(value)
     device = next((p.device for p in modules[layer].parameters()), torch.device("cpu"))

@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves
 
-from attnrewrite.kernels.diagnostics import error
+from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 
 _ROUNDING_STEPS = 2.0**12
 """How many units of rounding two orders of the same operations may differ by, relative to the largest output."""
@@ -31,7 +32,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def outputs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Return the floating-point tensors that the model gives in eval mode."""
     with evaluating(model):
-        result = model(*args, **kwargs)
+        try:
+            result = model(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, AttnRewriteError):
+                raise failure.inner_exception from None
+            raise
     values = list(result.values()) if isinstance(result, Mapping) else result
     return [x for x in tree_leaves(values) if isinstance(x, torch.Tensor) and x.is_floating_point()]
 
@@ -51,6 +57,4 @@ def compare(
         allowed = _ROUNDING_STEPS * torch.finfo(then.dtype).eps * float(then.abs().max())
         difference = float((now - then).abs().nan_to_num(0.0).max()) if then.numel() else 0.0
         if difference > allowed or bool((now.isnan() != then.isnan()).any()):
-            raise error(
-                "AR313", f"output {number} differs by {difference:.3g}; rounding explains {allowed:.3g}"
-            )
+            raise error("AR313", f"output {number} differs by {difference:.3g}; rounding explains {allowed:.3g}")

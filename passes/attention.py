@@ -83,13 +83,15 @@ class Visibility:
     """The masks of a site, understood.
 
     ``facts`` name what depends on positions only; ``padding`` are conditions over (b, j), True for real keys;
-    ``dense`` are conditions that no predicate describes; ``bias`` are the additive terms that are no mask; ``terms``
+    ``dense`` are conditions that no predicate describes; ``documents`` are conditions that query and key lie in one packed
+    document; ``bias`` are the additive terms that are no mask; ``terms``
     are the mask terms as the model spells them. ``assumed`` are the buffers that the facts were read from.
     """
 
     facts: Mask
     padding: list[Leaf] = field(default_factory=list)
     dense: list[Leaf] = field(default_factory=list)
+    documents: list[Leaf] = field(default_factory=list)
     bias: list[Term] = field(default_factory=list)
     terms: list[Term] = field(default_factory=list)
     empty_rows: EmptyRow = "zero"

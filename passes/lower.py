@@ -67,13 +67,13 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     seen = site.visibility
     read = [site.query.node, site.key.node, site.value.node, *(n for n, _, _ in site.scores.factors)]
     read += [t.node for t in [*site.scores.terms, *seen.terms, *seen.bias]]
-    leaves = [(order.get(x.node), x.polarity, x.threshold) for x in [*seen.padding, *seen.dense]]
+    leaves = [(order.get(x.node), x.polarity, x.threshold) for x in [*seen.padding, *seen.dense, *seen.documents]]
     values = [(v.dtype, v.shape, v.stride()) if isinstance(v := n.meta["val"], torch.Tensor) else v for n in nodes]
     slots = [order.get(node) for node in read] + [(name, order[node]) for name, node in extra.items()]
     facts = (seen.facts, seen.empty_rows, seen.rows_never_empty, site.dropout, torch.is_grad_enabled())
     result = (site.output.meta["val"].stride(), site.output.meta["val"].dtype, _needs_strides(site.output))
     config = sorted(request.config.items())
-    return "\n".join(map(str, (fingerprint(site), slots, leaves, values, facts, result, request.variant, config)))
+    return "\n".join(map(str, (fingerprint(site), slots, leaves, values, facts, result, request.variant, config, len(seen.padding), len(seen.documents))))
 
 
 def _trace(function: object, values: list[object]) -> fx.GraphModule:

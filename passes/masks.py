@@ -17,6 +17,7 @@ from torch import fx
 from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
 from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, size_of, symbols
 from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.documents import split_documents
 from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
 from attnrewrite.passes.graph import is_node, op, tensor
 from attnrewrite.passes.report import Mask
@@ -74,6 +75,9 @@ class MaskReader:
             static += parts.static
             seen.padding += parts.padding
             seen.dense += parts.dense
+        packed = split_documents(seen.dense, rows, cols, lambda node: self._is_range(node, rows, cols))
+        if packed is not None:
+            seen.documents, seen.dense = packed
         named = self._name(static, rows, cols)
         if named is None:
             seen.dense += [whole for term, whole in self._wholes(seen.terms) if self._has_static(term, rows, heads)]
@@ -82,6 +86,8 @@ class MaskReader:
             seen.assumed = sorted({b for x in static for b in self.evaluator.buffers.get(x.node, ())})
         if scores.is_causal and not scores.terms:
             seen.facts, fills = Mask("causal", offset=0), [-math.inf]
+        if seen.documents and seen.facts.kind == "none":
+            seen.facts = Mask("causal", offset=0)
         self._describe(seen, fills)
         seen.empty_rows = "zero" if sdpa else "nan" if all(f == -math.inf for f in fills) else "uniform"
         return seen
@@ -91,8 +97,10 @@ class MaskReader:
         facts.padding, facts.fill = bool(seen.padding), fills[0] if fills else None
         if seen.dense:
             facts.kind, facts.offset, facts.window = "custom", None, None
-        elif seen.padding:
-            facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
+        else:
+            facts.kind += "+documents" if seen.documents else ""
+            if seen.padding:
+                facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
         seen.rows_never_empty &= not seen.padding and not seen.dense
 
     def _wholes(self, terms: list[Term]) -> list[tuple[Term, Leaf]]:
@@ -224,7 +232,7 @@ class MaskReader:
         """Name the conjunction of ``static``; also say whether every row of it has a visible key."""
         if not static:
             return Mask(), True
-        key = (tuple((x.node, x.polarity, x.threshold, _pattern(x.layout, rows, cols)) for x in static), size_of(rows))
+        key = (tuple((x.node, x.polarity, x.threshold, _pattern(x.layout, rows, cols)) for x in static), str(size_of(rows)))
         if key not in self.memo:
             self.memo[key] = self._predicate(static, rows, cols)
         found: tuple[Mask, bool] | None = self.memo[key]
@@ -242,6 +250,17 @@ class MaskReader:
                 return None
             found = (mask, bool(grid is not None and grid.any(-1).all()) and (found is None or found[1]))
         return found
+
+    def _is_range(self, node: fx.Node, rows: Dim, cols: Dim) -> bool:
+        """Whether an index counts 0, 1, 2, ... for every size."""
+        try:
+            for evaluator in self._evaluators([Leaf(node, (), True)], rows, cols):
+                value = evaluator.value(node)
+                if not torch.equal(value.flatten(), torch.arange(value.numel(), device=value.device)):
+                    return False
+        except (DependsOnData, AttributeError):
+            return False
+        return True
 
     def _evaluators(self, static: list[Leaf], rows: Dim, cols: Dim) -> list[Evaluator]:
         """One evaluator where sizes are numbers; several sizes, beyond every threshold, where they are symbols."""

@@ -34,7 +34,7 @@ class Rejection:
 class Mask:
     """Which keys a query sees.
 
-    ``kind`` is one of none, causal, window, padding, causal+padding, window+padding, custom; ``offset`` o means that
+    ``kind`` is one of none, causal, window, padding, custom, and causal or window with +documents or +padding; ``offset`` o means that
     key j is visible to query i only if j <= i + o; ``window`` W only if j > i + o - W; ``padding`` says that a mask
     over keys [B, S] is part of it; ``fill`` is the value that invisible scores get (``-inf`` or a large negative
     number), None where nothing is filled.

@@ -22,7 +22,7 @@ def nodes_read(site: Attention) -> list[fx.Node]:
     nodes = [site.query.node, site.key.node, site.value.node]
     nodes += [node for node, _, _ in site.scores.factors]
     nodes += [term.node for term in [*site.scores.terms, *seen.terms, *seen.bias]]
-    nodes += [leaf.node for leaf in [*seen.padding, *seen.dense]]
+    nodes += [leaf.node for leaf in [*seen.padding, *seen.dense, *seen.documents]]
     return [node for node in dict.fromkeys(nodes) if node.graph is site.output.graph]
 
 
@@ -110,6 +110,10 @@ class SiteTensors:
         """Return which keys are real, [B|1, 1, 1, S] bool, or None where all are."""
         return self._all(self.site.visibility.padding)
 
+    def documents(self) -> torch.Tensor | None:
+        """Return which pairs lie in one packed document, [B|1, 1, L, S] bool, or None where all do."""
+        return self._all(self.site.visibility.documents)
+
     def _all(self, leaves: list[Leaf]) -> torch.Tensor | None:
         out: torch.Tensor | None = None
         for leaf in leaves:
@@ -120,7 +124,7 @@ class SiteTensors:
     def visible(self) -> torch.Tensor | None:
         """Return which keys each query sees, [B|1, H|1, L|1, S] bool, or None where all are."""
         seen = self.site.visibility
-        out = self._all([*seen.padding, *seen.dense])
+        out = self._all([*seen.padding, *seen.dense, *seen.documents])
         grid = self.grid()
         if grid is None or out is None:
             return grid if out is None else out

@@ -93,9 +93,7 @@ def register_variant(info: VariantInfo, rule: object | None = None) -> None:
     if info.name in _REGISTRY:
         raise error("AR303", f"a variant named {info.name!r} is registered already")
     if info.config.variant != info.name:
-        raise error(
-            "AR303", f"the config's variant is {info.config.variant!r}, the registration says {info.name!r}"
-        )
+        raise error("AR303", f"the config's variant is {info.config.variant!r}, the registration says {info.name!r}")
     if rule is not None:
         from attnrewrite.passes.rules import RULES
 
@@ -119,9 +117,7 @@ def parse_config(name: str, settings: Mapping[str, str]) -> VariantConfig:
     """Build a config from text, as the command line gives it. Raises VariantError AR301, AR302, AR303."""
     config = variant_info(name).config
     known = _types(config)
-    values = {
-        key: _parse(name, key, text, known[key]) if key in known else text for key, text in settings.items()
-    }
+    values = {key: _parse(name, key, text, known[key]) if key in known else text for key, text in settings.items()}
     return config(**values)
 
 
@@ -129,10 +125,7 @@ def config_fields(config: type[VariantConfig]) -> list[tuple[str, str, Any, str]
     """Return (name, type, default, description) of every field."""
     docs = _field_docs(config)
     kinds = _types(config)
-    return [
-        (f.name, _type_name(kinds[f.name]), f.default, docs.get(f.name, ""))
-        for f in dataclasses.fields(config)
-    ]
+    return [(f.name, _type_name(kinds[f.name]), f.default, docs.get(f.name, "")) for f in dataclasses.fields(config)]
 
 
 def _types(config: type[VariantConfig]) -> dict[str, Any]:
@@ -143,16 +136,12 @@ def _types(config: type[VariantConfig]) -> dict[str, Any]:
 def _check(variant: str, name: str, value: Any, kind: Any) -> None:
     if typing.get_origin(kind) is typing.Literal:
         if value not in typing.get_args(kind):
-            raise error(
-                "AR303", f"{variant}.{name} is {value!r}; {closest(str(value), typing.get_args(kind))}"
-            )
+            raise error("AR303", f"{variant}.{name} is {value!r}; {closest(str(value), typing.get_args(kind))}")
         return
     wanted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     accepted = tuple(int if t is float else t for t in wanted) + wanted
     if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in wanted):
-        raise error(
-            "AR303", f"{variant}.{name} is {value!r}, a {type(value).__name__}; it takes {_type_name(kind)}"
-        )
+        raise error("AR303", f"{variant}.{name} is {value!r}, a {type(value).__name__}; it takes {_type_name(kind)}")
 
 
 def _parse(variant: str, name: str, text: str, kind: Any) -> Any:

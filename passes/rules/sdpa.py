@@ -67,7 +67,7 @@ def already_fused(site: Attention) -> bool:
 def plain_flags(site: Attention) -> bool | None:
     """Return is_causal where the masks are nothing but "all visible" or "causal, top-left", else None."""
     seen = site.visibility
-    if seen.bias or seen.padding or seen.dense or seen.facts.window is not None:
+    if seen.bias or seen.padding or seen.dense or seen.documents or seen.facts.window is not None:
         return None
     if seen.facts.kind == "none":
         return False

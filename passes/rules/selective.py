@@ -49,10 +49,11 @@ class SelectiveRule:
 
         def selective(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.value())
-            padding, bias = t.padding(), t.bias()
-            mask = padding
+            padding, documents, bias = t.padding(), t.documents(), t.bias()
+            seen = padding if documents is None else documents if padding is None else padding & documents
+            mask = seen
             if bias is not None:
-                mask = bias if padding is None else bias.masked_fill(~padding, float("-inf"))
+                mask = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
             out = selective_attention(
                 q,
                 k,

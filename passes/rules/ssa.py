@@ -71,11 +71,13 @@ def positions(t: SiteTensors) -> tuple[torch.Tensor, torch.Tensor]:
     seen, facts = t.site.visibility, t.site.visibility.facts
     device = t.values[t.site.query.node].device
     index = torch.arange(1, t.width + 1, device=device)[None, None]  # [1, 1, S]
-    padding = t.padding()
+    padding, documents = t.padding(), t.documents()
     real = index if padding is None else padding[:, :, 0].expand(-1, -1, t.width).cumsum(-1)
-    if seen.padding or seen.dense:
-        visible = t.visible()
-        assert visible is not None
+    visible = t.visible()
+    if documents is not None and visible is not None:  # every document counts from 1
+        earlier = documents & (index[:, :, None] <= index[..., None])
+        real = (earlier if padding is None else earlier & padding).sum(-1)
+    if visible is not None and (seen.padding or seen.dense or seen.documents):
         return visible.expand(-1, -1, -1, t.width).sum(-1), real
     if facts.offset is None:
         return index[..., -1:], real
