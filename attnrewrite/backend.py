@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from torch import fx
+from torch._dynamo.exc import RestartAnalysis
 
 from attnrewrite.errors import AttnRewriteError, AttnRewriteWarning
 from attnrewrite.inner import compile_inner, inductor_modes
 from attnrewrite.kernels.diagnostics import closest, error
-from attnrewrite.passes.assumptions import Guarded, assumptions
+from attnrewrite.passes.assumptions import Assumption, Guarded, assumptions
 from attnrewrite.passes.capture import from_dynamo
 from attnrewrite.passes.certificate import Prover
 from attnrewrite.passes.markers import has_markers
@@ -97,27 +98,37 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """Rewrite one Dynamo graph and compile it."""
+        found = self._rewritten(gm, example_inputs)
+        if found is None:
+            return compile_inner(self.inner, self.mode, gm, example_inputs)
+        module, facts, report = found
+        compiled = compile_inner(self.inner, self.mode, module, example_inputs)
+        self._deliver(report)
+        if not facts:
+            return compiled
+        return Guarded(compiled, facts, lambda: self._without_assumptions(gm, example_inputs))
+
+    def _rewritten(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any]
+    ) -> tuple[fx.GraphModule, list[Assumption], Report] | None:
+        """Run the passes; None where they failed and the original graph may run instead."""
         try:
-            return self._rewritten(gm, example_inputs)
+            capture = from_dynamo(gm, example_inputs)
+            report, assumed = self._pipeline().rewrite(capture)
         except AttnRewriteError as failure:
             if self._must_raise(gm):
                 raise
             _warn(failure)
+            return None
+        except RestartAnalysis:  # Dynamo's own control flow
+            raise
         except Exception as failure:
+            internal = error("AR901", f"{type(failure).__name__}: {failure}")
             if self._must_raise(gm):
-                raise error("AR901", f"{type(failure).__name__}: {failure}") from failure
-            _warn(error("AR901", f"{type(failure).__name__}: {failure}"))
-        return compile_inner(self.inner, self.mode, gm, example_inputs)
-
-    def _rewritten(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        capture = from_dynamo(gm, example_inputs)
-        report, assumed = self._pipeline().rewrite(capture)
-        self._deliver(report)
-        compiled = compile_inner(self.inner, self.mode, capture.module, example_inputs)
-        facts = assumptions(capture, assumed)
-        if not facts:
-            return compiled
-        return Guarded(compiled, facts, lambda: self._without_assumptions(gm, example_inputs))
+                raise internal from failure
+            _warn(internal)
+            return None
+        return capture.module, assumptions(capture, assumed), report
 
     def _without_assumptions(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile again without reading buffers: one that a mask was proved from has changed."""

@@ -157,6 +157,8 @@ class _Region:
         if extra and len(extra) > 1:
             extra[1] = 0.0
         kwargs.pop("dropout_p", None)
+        if kwargs.get("scale") is None:  # the default depends on the true head dim
+            kwargs["scale"] = float(shape(node.args[0])[-1]) ** -0.5  # type: ignore[arg-type]  # a node
         out: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(q, k, v, *extra, **kwargs)
         return out
 

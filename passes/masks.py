@@ -239,17 +239,18 @@ class MaskReader:
         return found
 
     def _predicate(self, static: list[Leaf], rows: Dim, cols: Dim) -> tuple[Mask, bool] | None:
-        found: tuple[Mask, bool] | None = None
+        """Name the mask at the largest sizes, where every threshold shows, and check the name at all others."""
+        grids = []
         for evaluator in self._evaluators(static, rows, cols):
             try:
-                grid = _grid(evaluator, static, rows, cols)
+                grids.append(_grid(evaluator, static, rows, cols))
             except (DependsOnData, AxisError, RuntimeError):
                 return None
-            mask = None if grid is None else name_grid(grid)
-            if mask is None or (found is not None and mask != found[0]):
-                return None
-            found = (mask, bool(grid is not None and grid.any(-1).all()) and (found is None or found[1]))
-        return found
+        largest = max((g for g in grids if g is not None), key=lambda g: g.numel(), default=None)
+        mask = None if largest is None else name_grid(largest)
+        if mask is None or any(g is None or not bool((g == draw(mask, g)).all()) for g in grids):
+            return None
+        return mask, all(bool(g.any(-1).all()) for g in grids if g is not None)
 
     def _is_range(self, node: fx.Node, rows: Dim, cols: Dim) -> bool:
         """Whether an index counts 0, 1, 2, ... for every size."""
@@ -340,23 +341,28 @@ def _to_rows_cols(value: torch.Tensor, layout: Layout, axes: tuple[Dim, Dim]) ->
     return value.unsqueeze(-1) if col is None else value
 
 
+def draw(mask: Mask, like: torch.Tensor) -> torch.Tensor:
+    """Return the boolean grid [L, S] that a name stands for, in the size of ``like``."""
+    i = torch.arange(like.shape[0], device=like.device)[:, None]
+    j = torch.arange(like.shape[1], device=like.device)[None, :]
+    grid = torch.ones_like(like)
+    if mask.offset is not None:
+        grid = grid & (j <= i + mask.offset)
+    if mask.offset is not None and mask.window is not None:
+        grid = grid & (j > i + mask.offset - mask.window)
+    return grid
+
+
 def name_grid(visible: torch.Tensor) -> Mask | None:
     """Name a boolean grid [L, S]: none, causal with offset, or window; None if no predicate equals it everywhere."""
-    length, width = visible.shape
     if bool(visible.all()):
         return Mask("none")
-    i = torch.arange(length, device=visible.device)[:, None]
-    j = torch.arange(width, device=visible.device)[None, :]
     counts = visible.sum(-1)
-    last = torch.where(visible, j, -1).amax(-1)
-    seen = counts > 0
-    if not bool(seen.any()):
+    if not bool(counts.any()):
         return None
-    row = int(seen.nonzero()[0])
-    offset = int(last[row]) - row
-    if bool((visible == (j <= i + offset)).all()):
-        return Mask("causal", offset=offset)
-    window = int(counts.max())
-    if bool((visible == ((j <= i + offset) & (j > i + offset - window))).all()):
-        return Mask("window", offset=offset, window=window)
+    row = int(counts.nonzero()[0])
+    offset = int(visible[row].nonzero()[-1]) - row
+    for mask in (Mask("causal", offset=offset), Mask("window", offset=offset, window=int(counts.max()))):
+        if bool((visible == draw(mask, visible)).all()):
+            return mask
     return None

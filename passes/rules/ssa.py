@@ -38,7 +38,8 @@ class SSARule:
         sigmoid = request.config.get("position", "linear") == "sigmoid"
 
         def gain(value: torch.Tensor) -> torch.Tensor:
-            return torch.sigmoid(value.float()) if sigmoid else value.float()
+            value = value if value.dtype == torch.float64 else value.float()
+            return torch.sigmoid(value) if sigmoid else value
 
         def ssa(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.value())

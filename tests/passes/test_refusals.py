@@ -1,0 +1,150 @@
+"""What is not attention, and what must not be touched: each with its code and place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from spellings import WIDTH, NanoGPT
+from torch import Tensor, nn
+
+import attnrewrite
+from attnrewrite.passes.report import Report
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def scores(self, x: Tensor) -> Tensor:
+        return self.q(x) @ self.k(x).mT / WIDTH**0.5
+
+
+class Router(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.q(x), -1)
+        return weights * x
+
+
+class Pooling(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.softmax(self.q(x).mean(-1, keepdim=True), 1)
+        return (weights * x).sum(1)
+
+
+class Classifier(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.q(x).mean(1), -1)
+
+
+class ScoresOnly(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.scores(x), -1)
+
+
+class WrongAxis(Base):
+    """The softmax runs over queries, the product with values over keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.scores(x), 1) @ self.v(x)
+
+
+class HeadMask(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.softmax(self.scores(x), -1) * x[:, None, :, 0]) @ self.v(x)
+
+
+class Gated(Base):
+    """Scores multiplied by a value per key."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.scores(x) * x[:, None, :, 0], -1) @ self.v(x)
+
+
+class Relu(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(torch.relu(self.scores(x)), -1) @ self.v(x)
+
+
+class Straddling(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = self.scores(x)
+        return torch.softmax(scores.float(), -1) @ self.v(x)
+
+
+class NoGradScores(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = torch.softmax(self.scores(x), -1)
+        return weights @ self.v(x)
+
+
+class WrittenLater(Base):
+    """The values are overwritten between the softmax and their use."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = self.v(x)
+        weights = torch.softmax(self.scores(x), -1)
+        v.mul_(2)
+        return weights @ v
+
+
+X = torch.randn(2, 13, WIDTH)
+
+
+def compiled_report(model: nn.Module, x: Tensor = X) -> Report:
+    found: list[Report] = []
+    torch._dynamo.reset()
+    model.compile(backend=attnrewrite.Backend(inner="eager", strict=True, report=found.append))
+    expected = type(model).forward(model, x)
+    assert torch.allclose(model(x), expected, atol=1e-6)
+    return found[0]
+
+
+@pytest.mark.parametrize("cls", [Router, Pooling, Classifier, ScoresOnly, WrongAxis])
+def test_other_softmaxes_are_reported_as_no_attention(cls: type[nn.Module]) -> None:
+    report = attnrewrite.explain(cls(), X)
+    assert report.sites == []
+    (row,) = report.rejections
+    assert row.code == "AR202"
+    assert "test_refusals.py:" in row.source
+
+
+@pytest.mark.parametrize(
+    ("cls", "code"),
+    [
+        (HeadMask, "AR203"),
+        (Gated, "AR203"),
+        (Relu, "AR203"),
+        (Straddling, "AR204"),
+        (NoGradScores, "AR204"),
+        (WrittenLater, "AR207"),
+    ],
+)
+def test_what_cannot_be_replaced_is_refused_and_still_runs(cls: type[nn.Module], code: str) -> None:
+    torch.manual_seed(0)
+    (site,) = compiled_report(cls()).sites
+    assert (site.status, site.rejections[0].code) == ("rejected", code)
+    assert "test_refusals.py:" in site.rejections[0].source
+
+
+def test_active_dropout_is_refused_and_inactive_is_not() -> None:
+    torch.manual_seed(0)
+    model = NanoGPT(dropout=0.5)
+    found: list[Report] = []
+    torch._dynamo.reset()
+    model.compile(backend=attnrewrite.Backend(inner="eager", strict=True, report=found.append))
+    model(X)
+    model.eval()(X)
+    assert [r.sites[0].status for r in found] == ["rejected", "rewritten"]
+    assert found[0].sites[0].rejections[0].code == "AR206"
+
+
+def test_soft_cap_is_recognised_and_left() -> None:
+    class Capped(Base):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(30 * torch.tanh(self.scores(x) / 30), -1) @ self.v(x)
+
+    (site,) = compiled_report(Capped()).sites
+    assert (site.status, site.softcap, site.rejections[0].code) == ("matched", 30.0, "AR401")
