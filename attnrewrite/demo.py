@@ -170,6 +170,7 @@ def _measure(
     """Measure perplexity on both parts, the distance from the plain model's logits, and a sample."""
     found = []
     total = parts[0].shape[1] + parts[1].shape[1]
+    listen(f"perplexity of {name}", 0, total)
     for part, before in zip(parts, (0, parts[0].shape[1]), strict=True):
 
         def progress(done: int, before: int = before) -> None:
