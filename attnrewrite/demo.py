@@ -117,14 +117,12 @@ def run_demo(loaded: LoadedModel, out: Path, options: DemoOptions, listen: Liste
     """Run the whole demo on ``loaded`` and write ``report.html`` and ``result.json`` below ``out``."""
     start = time.perf_counter()
     torch.manual_seed(options.seed)
-    ids = encode(loaded.tokenizer, read_text())
-    edge = ids.shape[1] * 2 // 3 // options.seq_len * options.seq_len
-    if edge < options.seq_len:
-        raise error("AR102", f"the text has {ids.shape[1]} tokens: too few for strips of {options.seq_len}")
-    parts = (ids[:, :edge], ids[:, edge:])
+    parts = _parts(encode(loaded.tokenizer, read_text()), options.seq_len)
+    # One length and one way of calling: a converted model is compiled anew for each.
+    strip, keywords = parts[0][:, : options.seq_len], no_cache(loaded.model)
 
     listen("finding the attention", 0, 1)
-    report = explain(loaded.model, *loaded.example_inputs, **loaded.example_kwargs)
+    report = explain(loaded.model, strip, **keywords)
     report.model = loaded.name
     result = DemoResult(loaded.name, options, report, str(out / "report.html"))
 
@@ -132,9 +130,10 @@ def run_demo(loaded: LoadedModel, out: Path, options: DemoOptions, listen: Liste
         result.measured.append(_measure(name, model, loaded, parts, options, listen))
 
     measure("plain", loaded.model)
-    ssa = _converted(loaded, SSAConfig(), listen)
+    ssa = convert_copy(loaded.model, SSAConfig(), strip, listen)
     measure("ssa, converted", ssa)
-    measure("selective, converted", _converted(loaded, SelectiveConfig(mode="gate"), listen))
+    selective = convert_copy(loaded.model, SelectiveConfig(mode="gate"), strip, listen)
+    measure("selective, converted", selective)
     result.training = train_new_parameters(ssa, parts[0], options, listen)
     measure(f"ssa, trained {options.steps} steps", ssa)
 
@@ -144,14 +143,20 @@ def run_demo(loaded: LoadedModel, out: Path, options: DemoOptions, listen: Liste
     return result
 
 
-def _converted(loaded: LoadedModel, config: VariantConfig, listen: Listener) -> nn.Module:
+def _parts(ids: Tensor, seq_len: int) -> tuple[Tensor, Tensor]:
+    """Split token ids [1, N] into two thirds to train on and one to hold out, each in whole strips."""
+    strips = ids.shape[1] // seq_len
+    if strips < 2:
+        detail = f"the text has {ids.shape[1]} tokens: too few for two strips of {seq_len}"
+        raise error("AR102", detail, hint="choose a smaller --seq-len")
+    edge = max(1, round(strips * 2 / 3)) * seq_len
+    return ids[:, :edge], ids[:, edge : strips * seq_len]
+
+
+def convert_copy(model: nn.Module, config: VariantConfig, strip: Tensor, listen: Listener) -> nn.Module:
     """Convert a copy, so that the plain model stays at hand for comparison."""
-    listen(f"converting a copy to {config.to_dict()['variant']}", 0, 1)
-    inputs, keywords = loaded.example_inputs, loaded.example_kwargs
-    model: nn.Module = convert(
-        copy.deepcopy(loaded.model), config, example_inputs=inputs, example_kwargs=keywords
-    )
-    return model
+    listen(f"converting a copy to {config.variant}", 0, 1)
+    return convert(copy.deepcopy(model), config, example_inputs=(strip,), example_kwargs=no_cache(model))
 
 
 def _measure(
@@ -165,6 +170,7 @@ def _measure(
     """Measure perplexity on both parts, the distance from the plain model's logits, and a sample."""
     found = []
     total = parts[0].shape[1] + parts[1].shape[1]
+    listen(f"perplexity of {name}", 0, total)
     for part, before in zip(parts, (0, parts[0].shape[1]), strict=True):
 
         def progress(done: int, before: int = before) -> None:
@@ -188,19 +194,14 @@ def _measure(
 
 
 def write_on(model: nn.Module, tokenizer: Any, new_tokens: int, prompt: str = PROMPT) -> str:
-    """Continue ``prompt`` greedily, without a cache, and return the continuation."""
+    """Continue ``prompt`` with the likeliest tokens, without a cache, and return the continuation."""
     ids = encode(tokenizer, prompt)
-    generate: Any = model.generate
+    start = ids.shape[1]
     with torch.no_grad():
-        written = generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=False,
-            pad_token_id=0,
-        )
-    return " ".join(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).split())
+        for _ in range(new_tokens):
+            logits = model(ids, **no_cache(model)).logits
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    return " ".join(tokenizer.decode(ids[0, start:], skip_special_tokens=True).split())
 
 
 def train_new_parameters(model: nn.Module, ids: Tensor, options: DemoOptions, listen: Listener) -> Training:

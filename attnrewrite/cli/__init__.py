@@ -104,6 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.failure("system", "the system refused", f"{place}{error.strerror or error}")
         return EXIT_ERROR
     except Exception as error:
+        # Dynamo wraps what a backend raises.
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, AttnRewriteError):
+            output.diagnostic(inner)
+            return _EXIT_CODES.get(inner.code, EXIT_ERROR)
         output.defect(error)
         return EXIT_ERROR
     return code if isinstance(code, int) else 0

@@ -42,6 +42,8 @@ def command(output: Output, model: str | None, out: Path, steps: int, seq_len: i
         task = progress.add_task("loading the model", total=None)
 
         def listen(step: str, done: int, total: int) -> None:
+            if progress.disable and done == 0:
+                output.note(step)
             progress.update(task, description=step, completed=done, total=total if total > 1 else None)
 
         loaded = load_demo_model(model)

@@ -90,38 +90,15 @@ def _explain_program(output: Output, path: str, variant: str | None) -> Report:
 
 
 def _explain_model(output: Output, loaded: LoadedModel, variant: str | None) -> Report:
-    from attnrewrite.explanation import explain
-
-    with output.step(f"explaining {loaded.name}"):
-        report = explain(loaded.model, *loaded.example_inputs, **loaded.example_kwargs)
-        report.model = loaded.name
-        if variant is not None:
-            _try_variant(loaded, variant, report)
-    return report
-
-
-def _try_variant(loaded: LoadedModel, variant: str, report: Report) -> None:
-    """Convert the loaded model, note what became of each site, and undo it."""
-    from attnrewrite.conversion import conversion_of, convert, restore
-    from attnrewrite.kernels.diagnostics import AttnRewriteError
-    from attnrewrite.passes.report import Rejection
+    from attnrewrite.explanation import capture_model, explain, explain_capture
     from attnrewrite.variants import parse_config
 
-    config = parse_config(variant, {})
     inputs, keywords = loaded.example_inputs, loaded.example_kwargs
-    try:
-        convert(loaded.model, config, example_inputs=inputs, example_kwargs=keywords, verify=False)
-    except AttnRewriteError as error:
-        if error.code not in ("AR307", "AR312"):
-            raise
-        refusal = Rejection(error.code, error.detail, error.layer, error.source, hints=[error.hint])
-        report.rejections.append(refusal)
-        for site in report.sites:
-            if site.layer == error.layer:
-                site.status = "rejected"
-        return
-    converted = conversion_of(loaded.model)
-    for site in report.sites:
-        if converted is not None and site.layer in converted.sites:
-            site.variant, site.config = variant, converted.sites[site.layer].to_dict()
-    restore(loaded.model)
+    with output.step(f"explaining {loaded.name}"):
+        if variant is None:
+            report = explain(loaded.model, *inputs, **keywords)
+        else:
+            config = parse_config(variant, {})
+            report = explain_capture(capture_model(loaded.model, inputs, keywords), config)
+    report.model = loaded.name
+    return report

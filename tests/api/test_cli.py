@@ -150,6 +150,20 @@ def test_exit_codes(run, monkeypatch, raised, code, said):
     assert "Traceback" not in err
 
 
+def test_coded_error_inside_a_compilation_is_shown_as_itself(run, monkeypatch):
+    class WrappedError(RuntimeError):
+        inner_exception = error("AR312", "the site moved")
+
+    def fail(*args, **kwargs):
+        raise WrappedError("a long story")
+
+    monkeypatch.setattr("attnrewrite.loading.load_model", fail)
+    code, _, err = run("explain", "model")
+    assert code == 1
+    assert err.startswith("AR312 ")
+    assert "a long story" not in err
+
+
 def test_interrupted_conversion_says_that_out_is_untouched(run, monkeypatch, tmp_path):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
@@ -238,7 +252,7 @@ def test_explain_only(run_json, folder):
 def test_explain_variant_tells_what_each_site_would_become(run_json, folder):
     _, data = run_json("explain", folder, "--variant", "ssa")
     assert [site["variant"] for site in data["sites"]] == ["ssa", "ssa"]
-    assert data["sites"][0]["config"]["variant"] == "ssa"
+    assert data["sites"][0]["config"]["gate"] == "head"
     code, data = run_json("explain", folder, "--variant", "saa")
     assert (code, data["error"]["code"]) == (1, "AR301")
 

@@ -3,10 +3,10 @@ import json
 
 import pytest
 import torch
-from attnrewrite.conversion import convert, new_parameters
 from tiny import character_tokenizer, llama, llama_folder
 
 from attnrewrite.cli import main
+from attnrewrite.conversion import convert, new_parameters
 from attnrewrite.demo import DemoOptions, load_demo_model, run_demo, train_new_parameters
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.inputs import example_kwargs
@@ -76,7 +76,7 @@ def test_progress_names_the_steps(finished):
 
 def test_interrupted_demo_leaves_no_file(source, tmp_path):
     def interrupt(step, done, total):
-        if step.startswith("training") and done == 1:
+        if step.startswith("converting"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -113,22 +113,38 @@ def test_missing_model_names_the_package(monkeypatch):
     assert raised.value.code == "AR106"
 
 
-def test_command_line(tmp_path, capsys):
-    folder = llama_folder(tmp_path / "tiny-llama")
-    words = [
-        "demo",
-        "--model",
-        str(folder),
-        "--out",
-        str(tmp_path / "demo"),
-        "--steps",
-        "2",
-        "--seq-len",
-        "100",
-    ]
+def test_command_line(finished, source, monkeypatch, capsys):
+    result, out, _ = finished
+    asked = []
+
+    def load(reference):
+        asked.append(reference)
+        return source
+
+    def run(loaded, folder, options, listen):
+        asked.append((loaded, folder, options))
+        listen("training what was added", 1, 3)
+        return result
+
+    monkeypatch.setattr("attnrewrite.demo.load_demo_model", load)
+    monkeypatch.setattr("attnrewrite.demo.run_demo", run)
+    words = ["demo", "--model", "folder", "--out", str(out), "--steps", "3", "--seq-len", "100"]
     assert main(words) == 0
-    captured = capsys.readouterr()
-    for word in ("tiny-llama · 2 attention sites", "ssa, trained 2 steps", "held out", "report.html"):
-        assert word in captured.out
+    assert asked == ["folder", (source, out, DemoOptions(steps=3, seq_len=100))]
+    text = capsys.readouterr().out
+    for word in ("tiny · 2 attention sites", "ssa, trained 3 steps", "held out", "report.html"):
+        assert word in text
     assert main([*words, "--format", "json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["measured"]) == 4
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(result.to_dict()))
+
+
+def test_model_without_a_tokenizer_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(AttnRewriteError, match="no tokenizer") as raised:
+        load_demo_model(str(tmp_path))
+    assert raised.value.code == "AR103"
+
+
+def test_model_folder_with_a_tokenizer_is_taken(tmp_path):
+    loaded = load_demo_model(str(llama_folder(tmp_path)))
+    assert loaded.tokenizer.decode(loaded.tokenizer("lamp")["input_ids"]) == "lamp"
