@@ -1,6 +1,6 @@
 """One cold compile, to be run in a fresh process: prints the seconds of its parts as JSON.
 
-Takes the size, the depth and the provider ("attnrewrite", or a torch.compile backend to compare with) as one JSON object.
+Takes size, depth and provider ("attnrewrite", or a torch.compile backend to compare with) as one JSON object.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ def config(size: Size, implementation: str, layers: int) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=size["vocabulary"],
         hidden_size=size["hidden"],
-        intermediate_size=size["inner"],
+        intermediate_size=size["mlp"],
         num_hidden_layers=layers,
         num_attention_heads=size["heads"],
         num_key_value_heads=size["kv_heads"],
         max_position_embeddings=4096,
         use_cache=False,
-        attn_implementation=implementation,
+        attn_implementation=implementation,  # type: ignore[call-arg]  # taken by the base class
     )
 
 
@@ -42,7 +42,7 @@ class Logits(torch.nn.Module):
 
 
 class Attention(torch.nn.Module):
-    """The attention of one Llama layer, with the mask and the rotary embedding that the model would give it."""
+    """The attention of one Llama layer, with the mask and the rotary embedding that the model gives it."""
 
     def __init__(self, size: Size, implementation: str) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def hidden_states(size: Size) -> torch.Tensor:
 
 
 def flops(module: torch.nn.Module, size: Size, layers: int) -> dict[str, float]:
-    """Return what a forward pass has to multiply: every linear layer, and the visible half of every attention.
+    """Return what a forward pass has to multiply: the linear layers, and the visible half of each attention.
 
     A backward pass has to do twice as much again.
     """
@@ -101,4 +101,4 @@ def outputs(module: torch.nn.Module, compiled: Any, x: torch.Tensor) -> torch.Te
 
 def train(out: torch.Tensor) -> None:
     """Run the backward pass of a plain loss."""
-    out.float().square().mean().backward()
+    out.float().square().mean().backward()  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -1,4 +1,4 @@
-"""Interleaved timing: in every round each case runs once, so that a busy moment of the machine falls on all of them."""
+"""Interleaved timing: in every round each case runs once, so that a busy moment falls on all of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Return the seconds of every case in every round.
 
-    The order turns by one place per round. ``wait`` is called before each reading of the clock (a GPU has to finish).
+    The order turns by one place per round. ``wait`` comes before each reading of the clock, for a GPU.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)

@@ -15,7 +15,7 @@ Size = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """One benchmark; ``sizes`` maps profiles to the arguments of its ``run(size, tick)``, "smoke" to tiny ones."""
+    """One benchmark; ``sizes`` maps a profile to the argument of its ``run``, "smoke" to a tiny one."""
 
     name: str
     question: str

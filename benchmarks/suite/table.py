@@ -57,6 +57,7 @@ def _where(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     gpu = f"; {environment['gpu']['name']}" if "gpu" in environment else ""
     return (
-        f"{environment['date']}; {environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads"
-        f"{gpu}; load per core at the start {environment['load_per_core_at_start']}; {versions}."
+        f"{environment['date']}; {environment['cpu']}, {environment['cores']} cores,"
+        f" {environment['threads']} threads{gpu};"
+        f" load per core at the start {environment['load_per_core_at_start']}; {versions}."
     )

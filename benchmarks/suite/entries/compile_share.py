@@ -1,4 +1,4 @@
-"""The share of the passes in a cold compile, each in a fresh process with empty caches, beside inductor's own."""
+"""The share of the passes in a cold compile, in fresh processes with empty caches, beside inductor alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 PASSES = ("match", "prove", "rewrite")
 PARTS = ("import of the backend", "re-trace", *PASSES, "inner compiler", "cold compile")
+NOTE = (
+    "A cold compile is the first call less the second, without gradients, in a fresh process with empty "
+    "inductor and triton caches. The share is match + prove + rewrite + re-trace of the same process. The "
+    "import of the backend (torch is loaded before) comes once per process and is not in it. With "
+    "gradients inductor compiles a backward graph, too, and the share is smaller."
+)
 
 
 def run(size: Size, tick: Tick) -> Result:
@@ -27,12 +33,7 @@ def run(size: Size, tick: Tick) -> Result:
                 wanted = {**size, "depths": None, "depth": depth, "provider": provider}
                 runs.append(json.loads(python("-m", "suite.cold_compile", json.dumps(wanted))))
         result.figures += _figures(case, ours, [x["cold compile"] for x in peer], size["inner"])
-    result.notes += [
-        "A cold compile is the first call less the second, without gradients, in a fresh process with empty inductor and"
-        " triton caches. The share is match + prove + rewrite + re-trace of the same process. The import of the"
-        " backend (networkx and the passes; torch is loaded before) comes once per process and is not in it.",
-        "With gradients inductor compiles a backward graph, too, and the share is smaller.",
-    ]
+    result.notes.append(NOTE)
     return result
 
 

@@ -15,6 +15,12 @@ from suite.measure import interleave
 if TYPE_CHECKING:
     from suite.measure import Tick
     from suite.registry import Size
+NOTE = (
+    "The floor is one walk over the graph that reads every node's arguments. The slope is the difference "
+    "between the shallowest and the deepest model of the first length, per layer; an exponent of 1 means "
+    "that twice the layers take twice the time. The mask is evaluated on its whole N x N grid, once per "
+    "graph."
+)
 
 
 def run(size: Size, tick: Tick) -> Result:
@@ -40,11 +46,7 @@ def run(size: Size, tick: Tick) -> Result:
         result.figures.append(Figure(name, "attnrewrite", "match", "ms", samples, floor))
     result.figures += _growth(size["shapes"], [taken[name] for name in captures])
     result.facts["nodes"] = {name: len(capture.module.graph.nodes) for name, capture in captures.items()}
-    result.notes.append(
-        "The floor is one walk over the graph that reads every node's arguments. The slope is the difference between"
-        " the shallowest and the deepest model of the first length, per layer; an exponent of 1 means that twice"
-        " the layers take twice the time. The mask is evaluated on its whole N x N grid, once per graph."
-    )
+    result.notes.append(NOTE)
     return result
 
 
