@@ -34,9 +34,25 @@ _LARGE = {"hidden": 2048, "mlp": 5504, "heads": 16, "kv_heads": 8, "vocabulary":
 _CPU = {"device": "cpu", "dtype": "float32"}
 _GPU = {"device": "cuda", "dtype": "bfloat16"}
 _VERSUS = {
-    "cpu": {**_LLAMA, **_CPU, "layers": 2, "length": 2048, "rounds": 7, "training_rounds": 5},
-    "gpu": {**_LARGE, **_GPU, "layers": 4, "length": 4096, "rounds": 50, "training_rounds": 25},
-    "smoke": {**_TINY, **_CPU, "layers": 1, "length": 16, "rounds": 2, "training_rounds": 2},
+    "cpu": {
+        **_LLAMA,
+        **_CPU,
+        "layers": 2,
+        "length": 2048,
+        "threads": [1, 2],
+        "rounds": 5,
+        "training_rounds": 3,
+    },
+    "gpu": {
+        **_LARGE,
+        **_GPU,
+        "layers": 4,
+        "length": 4096,
+        "threads": [None],
+        "rounds": 50,
+        "training_rounds": 25,
+    },
+    "smoke": {**_TINY, **_CPU, "layers": 1, "length": 16, "threads": [1], "rounds": 2, "training_rounds": 2},
 }
 
 ENTRIES = {
@@ -59,7 +75,7 @@ ENTRIES = {
             "How much of a cold compile is spent in the passes?",
             "compile_share",
             {
-                "cpu": {**_LLAMA, "length": 2048, "depths": {4: 3, 12: 2, 30: 1}, "inner": "inductor"},
+                "cpu": {**_LLAMA, "length": 2048, "depths": {4: 2, 12: 1, 30: 1}, "inner": "inductor"},
                 "smoke": {**_TINY, "length": 16, "depths": {1: 1}, "inner": "aot_eager"},
             },
         ),
