@@ -1,0 +1,1 @@
+"""The entries: one file per benchmark, each with ``run(size, tick)``."""

@@ -1,0 +1,99 @@
+"""The registry: every benchmark by name, with its question and its sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from suite.figures import Result
+from suite.measure import Tick
+
+Size = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One benchmark; ``sizes`` maps a profile to the argument of its ``run``, "smoke" to a tiny one."""
+
+    name: str
+    question: str
+    module: str
+    sizes: Mapping[str, Size]
+
+    def run(self, profile: str, tick: Tick) -> Result:
+        """Measure."""
+        result: Result = import_module(f"suite.entries.{self.module}").run(self.sizes[profile], tick)
+        return result
+
+
+_LLAMA = {"hidden": 512, "mlp": 1376, "heads": 8, "kv_heads": 4, "vocabulary": 256}
+_TINY = {"hidden": 32, "mlp": 48, "heads": 4, "kv_heads": 2, "vocabulary": 96}
+_LARGE = {"hidden": 2048, "mlp": 5504, "heads": 16, "kv_heads": 8, "vocabulary": 256}
+_CPU = {"device": "cpu", "dtype": "float32"}
+_GPU = {"device": "cuda", "dtype": "bfloat16"}
+_VERSUS = {
+    "cpu": {
+        **_LLAMA,
+        **_CPU,
+        "layers": 2,
+        "length": 2048,
+        "threads": [1, 2],
+        "rounds": 5,
+        "training_rounds": 3,
+    },
+    "gpu": {
+        **_LARGE,
+        **_GPU,
+        "layers": 4,
+        "length": 4096,
+        "threads": [None],
+        "rounds": 50,
+        "training_rounds": 25,
+    },
+    "smoke": {**_TINY, **_CPU, "layers": 1, "length": 16, "threads": [1], "rounds": 2, "training_rounds": 2},
+}
+
+ENTRIES = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "llama_eager",
+            "How much faster is a Llama with eager attention through this backend than through inductor?",
+            "llama_eager",
+            _VERSUS,
+        ),
+        Entry(
+            "attention_eager",
+            "The same for one attention layer of that Llama, projections and rotary embedding included.",
+            "attention_eager",
+            _VERSUS,
+        ),
+        Entry(
+            "compile_share",
+            "How much of a cold compile is spent in the passes?",
+            "compile_share",
+            {
+                "cpu": {**_LLAMA, "length": 2048, "depths": {4: 2, 12: 1, 30: 1}, "inner": "inductor"},
+                "smoke": {**_TINY, "length": 16, "depths": {1: 1}, "inner": "aot_eager"},
+            },
+        ),
+        Entry(
+            "import_time",
+            "How long until the package is imported, and until the command line answers?",
+            "import_time",
+            {"cpu": {"rounds": 15}, "smoke": {"rounds": 1}},
+        ),
+        Entry(
+            "recognise",
+            "How does the time of recognition grow with the number of layers?",
+            "recognise",
+            {
+                "cpu": {**_TINY, "shapes": [(8, 64), (32, 64), (128, 64), (8, 2048)], "rounds": 9},
+                "smoke": {**_TINY, "shapes": [(1, 8), (2, 8)], "rounds": 2},
+            },
+        ),
+    )
+}
+PROFILES = ("cpu", "gpu", "smoke")
