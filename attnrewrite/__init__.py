@@ -3,15 +3,25 @@
 Importing this package imports neither torch nor anything heavy: every public name is loaded at first use.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# `passes/` and `kernels/` lie beside this folder in a checkout and inside it in a wheel.
+# `passes/` and `kernels/` lie beside this folder in a checkout and inside it in a wheel. They are not put on
+# `__path__`, because the checkout would then hold this package a second time, inside itself.
 if not (Path(__file__).parent / "passes").is_dir():
-    __path__.append(str(Path(__file__).parents[1]))
+    for _name in ("passes", "kernels"):
+        _folder = Path(__file__).parents[1] / _name
+        _spec = spec_from_file_location(
+            f"{__name__}.{_name}", _folder / "__init__.py", submodule_search_locations=[str(_folder)]
+        )
+        if _spec is not None and _spec.loader is not None:
+            sys.modules[_spec.name] = globals()[_name] = module_from_spec(_spec)
+            _spec.loader.exec_module(sys.modules[_spec.name])
 
 if TYPE_CHECKING:
     from attnrewrite import functional as functional
@@ -21,6 +31,7 @@ if TYPE_CHECKING:
     from attnrewrite.errors import AttnRewriteError as AttnRewriteError
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
+    from attnrewrite.passes.report import Report as Report
     from attnrewrite.saving import load_pretrained as load_pretrained
     from attnrewrite.saving import save_pretrained as save_pretrained
     from attnrewrite.variants import SdpaConfig as SdpaConfig
@@ -34,6 +45,7 @@ _PUBLIC = {
     "AttnRewriteError": "errors",
     "AttnRewriteWarning": "errors",
     "Backend": "backend",
+    "Report": "passes.report",
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ _CHOICES = {
     "kernels": ("auto", "triton", "reference"),
     "inner": ("inductor", "aot_eager", "eager"),
 }
+log = logging.getLogger(__name__)
+
 _PROVER = Prover()
 _REPORTS: dict[str, Report] = {}
 
@@ -76,7 +79,10 @@ class Backend:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise error("AR102", f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), choices)}")
+                raise error(
+                    "AR102",
+                    f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), choices)}",
+                )
         if self.mode not in inductor_modes():
             raise error("AR102", f"mode is {self.mode!r}; {closest(str(self.mode), inductor_modes())}")
         for name in ("strict", "verify"):
@@ -88,7 +94,11 @@ class Backend:
         if self.kernels == "triton":
             raise error("AR403", f"{self.config.variant} has no generated kernel yet")
         if self.config.adds_parameters:
-            raise error("AR304", f"{self.config.variant} adds parameters to every layer", hint=_convert_hint(self.config))
+            raise error(
+                "AR304",
+                f"{self.config.variant} adds parameters to every layer",
+                hint=_convert_hint(self.config),
+            )
 
     @property
     def config(self) -> VariantConfig:
@@ -147,6 +157,9 @@ class Backend:
         return self.strict or self.config.variant != "sdpa" or has_markers(gm)
 
     def _deliver(self, report: Report) -> None:
+        log.info("%(sites)d attentions: %(rewritten)d rewritten, %(matched)d left as they are, %(rejected)d rejected", report.summary)
+        for site in report.sites:
+            log.debug("%s %s %s %s", site.layer, site.source, site.status, [(r.code, r.detail) for r in site.rejections])
         if self.report is None:
             return
         if callable(self.report):
@@ -199,5 +212,3 @@ def _convert_hint(config: VariantConfig) -> str:
 
 def _warn(failure: AttnRewriteError) -> None:
     warnings.warn(f"{failure}\n  The original graph runs instead.", AttnRewriteWarning, stacklevel=3)
-
-

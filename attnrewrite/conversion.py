@@ -134,7 +134,13 @@ def convert(
         compile_in_place(model)
         if expected is not None:
             with without_cache(model, kwargs) as inputs:
-                compare(model, example_inputs, inputs, expected, all(c.starts_as_identity for c, _ in chosen.values()))
+                compare(
+                    model,
+                    example_inputs,
+                    inputs,
+                    expected,
+                    all(c.starts_as_identity for c, _ in chosen.values()),
+                )
     except BaseException:
         _remove(model)
         raise
@@ -163,7 +169,10 @@ def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Param
     for path, hook in _named_hooks(model):
         holder = model.get_submodule(path)
         for name in hook.names:
-            yield ".".join(filter(None, (path, hook.config.variant, name))), getattr(getattr(holder, hook.config.variant), name)
+            yield (
+                ".".join(filter(None, (path, hook.config.variant, name))),
+                getattr(getattr(holder, hook.config.variant), name),
+            )
 
 
 def compile_in_place(model: torch.nn.Module) -> None:
@@ -175,7 +184,8 @@ def compile_in_place(model: torch.nn.Module) -> None:
     known = inspect.signature(torch.compile).parameters
     limits = {"recompile_limit": 64, "isolate_recompiles": True}
     model.compile(
-        backend=Backend(inner="eager", strict=True), **{name: value for name, value in limits.items() if name in known}
+        backend=Backend(inner="eager", strict=True),
+        **{name: value for name, value in limits.items() if name in known},
     )
 
 
@@ -268,14 +278,14 @@ def _choose(
     failed: list[Site] = []
     sites = dict(enumerate(found.attentions))
     for number, row in enumerate(report.sites):
-        config = next((c for patterns, c in choices if matches(row.layer, patterns)), None)
-        if config is None or matches(row.layer, exclude) or config.variant == "sdpa":
+        wanted = next((c for patterns, c in choices if matches(row.layer, patterns)), None)
+        if wanted is None or matches(row.layer, exclude) or wanted.variant == "sdpa":
             continue
-        row.variant = config.variant
-        if number not in sites or not _covers(config, sites[number], row):
+        row.variant = wanted.variant
+        if number not in sites or not _covers(wanted, sites[number], row):
             failed.append(row)
         else:
-            chosen.setdefault(row.layer, (config, sites[number]))
+            chosen.setdefault(row.layer, (wanted, sites[number]))
     if failed:
         raise not_applied(failed)
     if not chosen:

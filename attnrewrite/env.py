@@ -24,9 +24,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "devices": devices(),
-        "variables": {
-            name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)
-        },
+        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
     }
 
 

@@ -41,7 +41,7 @@ def explain_capture(capture: Capture, config: VariantConfig | None = None) -> Re
     settings = (config or SdpaConfig()).to_dict()
     pipeline = Pipeline(Plan(settings.pop("variant"), settings), draw=True)
     report, found = pipeline.inspect(capture)
-    pipeline.check(found, report)
+    pipeline.check(capture, found, report)
     report.versions = versions()
     return report
 
@@ -51,7 +51,9 @@ def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[s
     return from_program(export_model(model, args, kwargs))
 
 
-def export_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.export.ExportedProgram:
+def export_model(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> torch.export.ExportedProgram:
     """Export a model as it is, compiled or not; its buffers are left as they were."""
     if not isinstance(model, torch.nn.Module):
         raise error("AR102", f"model is a {type(model).__name__}; it must be a torch.nn.Module")

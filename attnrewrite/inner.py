@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -22,9 +22,11 @@ def compile_inner(inner: str, mode: str, gm: fx.GraphModule, example_inputs: Seq
     if inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]  # a callable by its contract
+        compiled: Callable[..., Any] = aot_eager(gm, list(example_inputs))
+        return compiled
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode)
-    return compile_fx(gm, list(example_inputs), config_patches=patches)  # type: ignore[no-any-return]  # likewise
+    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return cast("Callable[..., Any]", compiled)

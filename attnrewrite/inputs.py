@@ -27,9 +27,7 @@ def example_kwargs(model: nn.Module, batch: int = 1, seq_len: int = 32) -> dict[
         inputs["pixel_values"] = _pixels(config, batch, random).to(next(model.parameters()).dtype)
     if main not in inputs:
         detail = f"{type(model).__name__} takes {main!r}, which attnrewrite cannot make up"
-        raise error(
-            "AR103", detail, hint="write a function that returns (model, inputs): package.module:function"
-        )
+        raise error("AR103", detail, hint="write a function that returns (model, inputs): package.module:function")
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in accepted:
         inputs["decoder_input_ids"] = _token_ids(config, (batch, seq_len), random)
     if "use_cache" in accepted:

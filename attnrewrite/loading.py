@@ -90,9 +90,7 @@ def load_program(reference: str) -> ExportedProgram:
     try:
         return torch.export.load(path)
     except Exception as cause:
-        raise error(
-            "AR602", f"{path} is not a program saved by torch.export.save: {_first_line(cause)}"
-        ) from cause
+        raise error("AR602", f"{path} is not a program saved by torch.export.save: {_first_line(cause)}") from cause
 
 
 # --- folders and files -----------------------------------------------------------------------------------
@@ -106,9 +104,7 @@ def _load_folder(folder: Path, options: LoadOptions) -> LoadedModel:
         loaded = _load_gguf(ggufs[0], options)
     elif ggufs:
         names = ", ".join(path.name for path in ggufs)
-        raise error(
-            "AR103", f"{folder} holds several GGUF files ({names})", hint="name one of the files itself"
-        )
+        raise error("AR103", f"{folder} holds several GGUF files ({names})", hint="name one of the files itself")
     else:
         raise error("AR103", f"{folder} holds neither config.json nor a .gguf file")
     loaded.source = folder
@@ -119,13 +115,9 @@ def _load_file(path: Path, options: LoadOptions) -> LoadedModel:
     if path.suffix == ".gguf":
         return _load_gguf(path, options)
     if path.suffix == ".pt2":
-        detail = (
-            f"{path} is an exported program: its layers are gone, so that it can be explained, not changed"
-        )
+        detail = f"{path} is an exported program: its layers are gone, so that it can be explained, not changed"
         raise error("AR103", detail, hint="name the model that the program was exported from")
-    raise error(
-        "AR103", f"{path} is a {path.suffix or 'plain'} file", hint="name its folder, or a .gguf file"
-    )
+    raise error("AR103", f"{path} is a {path.suffix or 'plain'} file", hint="name its folder, or a .gguf file")
 
 
 def _load_gguf(path: Path, options: LoadOptions) -> LoadedModel:
@@ -142,17 +134,13 @@ def _load_transformers(folder: Path, options: LoadOptions) -> LoadedModel:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architectures = config.get("architectures") or ["AutoModel"]
     except (ValueError, AttributeError) as cause:
-        raise error(
-            "AR602", f"{folder / 'config.json'} is not a JSON object: {_first_line(cause)}"
-        ) from cause
+        raise error("AR602", f"{folder / 'config.json'} is not a JSON object: {_first_line(cause)}") from cause
     cls = getattr(transformers, str(architectures[0]), None)
     if cls is None:
         own = "; the folder brings its own code, which is never run" if "auto_map" in config else ""
         library = f"transformers {transformers.__version__}"
         detail = f"{folder} has architecture {architectures[0]}, unknown to {library}"
-        raise error(
-            "AR103", detail + own, hint="write a function that returns the model: package.module:function"
-        )
+        raise error("AR103", detail + own, hint="write a function that returns the model: package.module:function")
     for file in _weight_files(folder):
         check_safetensors(file)
     return _load_weights(cls, folder, folder, options, {})
@@ -174,14 +162,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return [file]
 
 
-def _load_weights(
-    cls: Any, folder: Path, shown: Path, options: LoadOptions, where: dict[str, str]
-) -> LoadedModel:
+def _load_weights(cls: Any, folder: Path, shown: Path, options: LoadOptions, where: dict[str, str]) -> LoadedModel:
     """Load with transformers; a weight that the files lack is an error, never a random number."""
     keywords: dict[str, Any] = {**where, "local_files_only": True, "output_loading_info": True}
-    keywords["dtype"] = (
-        DTYPES[options.dtype or "float32"] if where else DTYPES.get(options.dtype or "", "auto")
-    )
+    keywords["dtype"] = DTYPES[options.dtype or "float32"] if where else DTYPES.get(options.dtype or "", "auto")
     if options.attention:
         keywords["attn_implementation"] = options.attention
     try:
@@ -230,16 +214,12 @@ def _with_conversion(loaded: LoadedModel, folder: Path) -> LoadedModel:
 def _load_function(reference: str, options: LoadOptions) -> LoadedModel:
     if options.attention:
         detail = "the attention of a function's model is the function's choice"
-        raise error(
-            "AR102", f"attention {options.attention!r} with {reference}: {detail}", hint="leave it out"
-        )
+        raise error("AR102", f"attention {options.attention!r} with {reference}: {detail}", hint="leave it out")
     module_name, _, name = reference.partition(":")
     module = _import(module_name, reference)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [
-            key for key, value in vars(module).items() if isinstance(value, FunctionType) and key[0] != "_"
-        ]
+        names = [key for key, value in vars(module).items() if isinstance(value, FunctionType) and key[0] != "_"]
         raise error("AR103", f"module {module_name!r} has no function {name!r}: {closest(name, names)}")
     try:
         made = function()
@@ -282,9 +262,7 @@ def _import(name: str, reference: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as cause:
         if cause.name and name.split(".")[: len(cause.name.split("."))] == cause.name.split("."):
-            raise error(
-                "AR103", f"{reference}: there is no module {cause.name!r} on the path or in {here}"
-            ) from cause
+            raise error("AR103", f"{reference}: there is no module {cause.name!r} on the path or in {here}") from cause
         raise error("AR103", f"{reference}: importing {name} needs module {cause.name!r}") from cause
     except Exception as cause:
         detail = f"{reference}: importing {name} raised {type(cause).__name__}: {_first_line(cause)}"

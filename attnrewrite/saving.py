@@ -53,7 +53,12 @@ def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool
 
 
 def save_conversion(
-    model: torch.nn.Module, source: Path, out: Path, *, overwrite: bool = False, report: Mapping[str, Any] | None = None
+    model: torch.nn.Module,
+    source: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    report: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save the conversion of ``model`` beside a copy of the base files in the folder (or file) ``source``.
 
@@ -92,7 +97,10 @@ def load_pretrained(model: torch.nn.Module | str | Path, path: str | Path | None
     weights = _read_weights(folder)
     expected = data.get("base", {}).get("fingerprint")
     if expected not in (None, fingerprint(model)):
-        raise error("AR603", f"{folder} was made from another {data['base'].get('class', 'model')}: names or shapes differ")
+        raise error(
+            "AR603",
+            f"{folder} was made from another {data['base'].get('class', 'model')}: names or shapes differ",
+        )
     holders = [_holder(model, entry, weights) for entry in data["sites"]]
     if weights:
         raise error("AR603", f"{folder / WEIGHTS} holds weights of no site: {', '.join(sorted(weights)[:3])}")
@@ -181,7 +189,7 @@ def _card(model: torch.nn.Module, conversion: Conversion) -> str:
         "---\nlibrary_name: attnrewrite\n---\n"
         f"# {type(model).__name__} with {what}\n\n"
         f"Converted by attnrewrite {attnrewrite.__version__}; {added:,} parameters were added. Load it with\n\n"
-        "```python\nimport attnrewrite\nmodel = attnrewrite.load_pretrained(\"this folder\")\n```\n"
+        '```python\nimport attnrewrite\nmodel = attnrewrite.load_pretrained("this folder")\n```\n'
     )
 
 
@@ -196,7 +204,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("sites"), list) or "schema_version" not in data:
         raise error("AR604", f"{file} has no schema_version or sites")
     if data["schema_version"] != SCHEMA_VERSION:
-        raise error("AR604", f"{file} has schema version {data['schema_version']}, this library knows {SCHEMA_VERSION}")
+        raise error(
+            "AR604",
+            f"{file} has schema version {data['schema_version']}, this library knows {SCHEMA_VERSION}",
+        )
     strange = sorted(set(data) - _KEYS)
     if strange:
         warnings.warn(f"AR604 {file} has unknown entries: {', '.join(strange)}", AttnRewriteWarning, stacklevel=3)

@@ -52,9 +52,7 @@ def check_gguf(path: Path) -> None:
         except (struct.error, KeyError, UnicodeDecodeError, _TooLongError) as cause:
             raise _damaged(path, f"its header ends or breaks off after {file.tell()} bytes") from cause
     if needed > size:
-        raise _damaged(
-            path, f"its header describes at least {needed} bytes, the file has {size}: it is truncated"
-        )
+        raise _damaged(path, f"its header describes at least {needed} bytes, the file has {size}: it is truncated")
 
 
 class _TooLongError(Exception):

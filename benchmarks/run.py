@@ -63,9 +63,7 @@ def _known(names: tuple[str, ...]) -> list[str]:
     for name in names:
         if name not in ENTRIES:
             near = difflib.get_close_matches(name, ENTRIES, 1, 0)
-            raise click.BadParameter(
-                f"there is no entry {name!r}; did you mean {near[0]!r}?", param_hint="--only"
-            )
+            raise click.BadParameter(f"there is no entry {name!r}; did you mean {near[0]!r}?", param_hint="--only")
     return list(names or ENTRIES)
 
 

@@ -53,9 +53,7 @@ def main() -> None:
     with torch.no_grad():
         before = model(ids, use_cache=False).logits
 
-    attnrewrite.convert(
-        model, attnrewrite.SSAConfig(), example_inputs=(ids,), example_kwargs={"use_cache": False}
-    )
+    attnrewrite.convert(model, attnrewrite.SSAConfig(), example_inputs=(ids,), example_kwargs={"use_cache": False})
     with torch.no_grad():
         converted = model(ids, use_cache=False).logits
     print(f"logits before and after conversion differ by {float((converted - before).abs().max()):.1e}")

@@ -18,9 +18,7 @@ def main() -> None:
 
     # Plain attention: torch's own, plus a window and a soft cap.
     plain = attention(query, key, value, is_causal=True, enable_gqa=True)
-    if not torch.equal(
-        plain, F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-    ):
+    if not torch.equal(plain, F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)):
         raise SystemExit("plain attention is not torch's")
     near = attention(query, key, value, is_causal=True, enable_gqa=True, window=3)
     moved = (near - plain).abs().amax((0, 1, 3)).detach()

@@ -27,9 +27,7 @@ class AttnRewriteError(Exception):
     The message says what happened and where, then the reason, then what to do.
     """
 
-    def __init__(
-        self, code: str, detail: str, *, layer: str = "", source: str = "", hint: str | None = None
-    ) -> None:
+    def __init__(self, code: str, detail: str, *, layer: str = "", source: str = "", hint: str | None = None) -> None:
         self.code = code
         self.title = DIAGNOSTICS[code].title
         self.detail = detail
@@ -91,9 +89,7 @@ _FAMILIES: dict[str, type[AttnRewriteError]] = {
 }
 
 
-def error(
-    code: str, detail: str, *, layer: str = "", source: str = "", hint: str | None = None
-) -> AttnRewriteError:
+def error(code: str, detail: str, *, layer: str = "", source: str = "", hint: str | None = None) -> AttnRewriteError:
     """Build the error of ``code``; its class follows from the code's family."""
     return _FAMILIES[code[:3]](code, detail, layer=layer, source=source, hint=hint)
 
@@ -243,7 +239,8 @@ _ALL = [
         "converted model ran without the backend",
         "The model was converted, but this call did not go through the attnrewrite backend. Running on would "
         "silently compute ordinary attention.",
-        "call model.compile(backend='attnrewrite') (copies and unpickled models lose their compilation)",
+        "call model.compile(backend='attnrewrite') and then the model itself: copies and unpickled models lose their "
+        "compilation, and model.forward(...) or a part of the model does not use it",
     ),
     Diagnostic(
         "AR309",
@@ -276,6 +273,12 @@ _ALL = [
         "The config promises the same function at the start, but the outputs on the example inputs differ by more "
         "than rounding. The model was restored.",
         "this is a defect of this library: please report it with the model's config",
+    ),
+    Diagnostic(
+        "AR314",
+        "variant cannot be registered",
+        "A variant needs a name of its own, a config class that carries that name, and a rewrite rule.",
+        "see docs/adding_a_variant.md",
     ),
     # AR4xx: lowering
     Diagnostic(

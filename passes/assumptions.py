@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
-
 from attnrewrite.passes.capture import Capture
+from torch import fx
 
 
 @dataclass
@@ -60,6 +59,7 @@ class Guarded:
     other: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
+        """Run the graph, or the one without assumptions."""
         if all(fact.holds(args) for fact in self.facts):
             return self.compiled(*args)
         if self.other is None:

@@ -6,18 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import fx
-
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS
 from attnrewrite.passes.axes import Dim, Layout, Symbol, flat, size_of, symbols
 from attnrewrite.passes.report import Mask, Rejection
+from torch import fx
 
 Role = Literal["query", "key", "value", "scores", "probs"]
 EmptyRow = Literal["zero", "nan", "uniform"]
 """What a row without visible keys gives: 0 (fused operators), NaN (-inf fill), the mean of all values (finite fill)."""
 
 
-class Reject(Exception):
+class Reject(Exception):  # noqa: N818  # a verdict on a match, not an error of the user's
     """A matcher gives up: a code, the reason, and the node that stands in the way."""
 
     def __init__(self, code: str, detail: str, node: fx.Node | None = None) -> None:
@@ -83,8 +82,8 @@ class Visibility:
     """The masks of a site, understood.
 
     ``facts`` name what depends on positions only; ``padding`` are conditions over (b, j), True for real keys;
-    ``dense`` are conditions that no predicate describes; ``documents`` are conditions that query and key lie in one packed
-    document; ``bias`` are the additive terms that are no mask; ``terms``
+    ``dense`` are conditions that no predicate describes; ``documents`` are conditions that query and key lie in one
+    packed document; ``bias`` are the additive terms that are no mask; ``terms``
     are the mask terms as the model spells them. ``assumed`` are the buffers that the facts were read from.
     """
 

@@ -69,9 +69,9 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     fakes = [node.meta["example_value"] for node in placeholders]
     mode = _fake_mode(fakes)
     with mode or nullcontext(), preserve_node_meta(), _checkpoints_without_context(gm):
-        module = make_fx(
-            fx.Interpreter(gm).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
-        )(*fakes)
+        module = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(
+            *fakes
+        )
     _forget_contexts(module)
     module.meta.update(gm.meta)
     capture = Capture(module, "dynamo")

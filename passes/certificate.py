@@ -12,13 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-from torch.utils._pytree import tree_map
-
 from attnrewrite.passes.attention import Attention, Role, Scores, Term
 from attnrewrite.passes.axes import ALIASES, RESHAPES, Layout, Symbol, arrange, flat, small_shape
 from attnrewrite.passes.graph import is_node, op, shape
 from attnrewrite.passes.scores import constant
+from torch import fx
+from torch.utils._pytree import tree_map
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _TOLERANCE = 1e-9
@@ -152,8 +151,8 @@ class _Region:
         node = self.site.anchor
         roles: tuple[Role, ...] = ("query", "key", "value")
         q, k, v = (self.value(role, x) for role, x in zip(roles, node.args, strict=False))
-        extra = [self._input(x) if is_node(x) else x for x in node.args[3:]]
-        kwargs = {k: self._input(x) if is_node(x) else x for k, x in node.kwargs.items()}
+        extra: list[Any] = [self._input(x) if is_node(x) else x for x in node.args[3:]]
+        kwargs: dict[str, Any] = {k: self._input(x) if is_node(x) else x for k, x in node.kwargs.items()}
         if extra and len(extra) > 1:
             extra[1] = 0.0
         kwargs.pop("dropout_p", None)
@@ -164,13 +163,15 @@ class _Region:
 
     def _input(self, node: fx.Node) -> Any:
         value = self.inputs.nodes[node]
-        return value if node.meta.get("val") is not None and isinstance(node.meta["val"], torch.Tensor) else float(value)
+        return (
+            value if node.meta.get("val") is not None and isinstance(node.meta["val"], torch.Tensor) else float(value)
+        )
 
     def _contract(self, node: fx.Node, roles: tuple[Role, Role]) -> torch.Tensor:
         name = op(node)
         args = list(node.args)
         if name == "einsum":
-            left, right = args[1]  # type: ignore[misc, str-unpack]  # two operands, checked by the matcher
+            left, right = args[1]  # type: ignore[misc]  # two operands, checked by the matcher
             out: torch.Tensor = torch.einsum(str(args[0]), self.value(roles[0], left), self.value(roles[1], right))
             return out
         if name == "baddbmm":

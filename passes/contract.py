@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
-
 from attnrewrite.passes.attention import Reject
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, same
 from attnrewrite.passes.graph import is_node, op, shape
+from torch import fx
 
 
 @dataclass
@@ -100,9 +99,7 @@ def _einsum_from_operand(node: fx.Node, first: bool, layout: Layout, cols: Dim, 
         return None
     other = right if first else left
     known[new[0]] = (Symbol(name, shape(other)[theirs.index(new[0])]),)
-    return Contraction(
-        left, _letters(a, known), right, _letters(b, known), tuple(cols), _letters(result, known)
-    )
+    return Contraction(left, _letters(a, known), right, _letters(b, known), tuple(cols), _letters(result, known))
 
 
 def _tail(layout: Layout, operand: fx.Node) -> Layout:

@@ -1,20 +1,19 @@
 """Packed documents: a mask that transformers builds from position ids, read by its meaning.
 
 With positions p, document numbers are ``doc = cumsum(diff(p) != 1)`` and a key is visible iff ``doc_j == doc_i`` and
-``p_j <= p_i``. Within one document positions rise by one, so there ``p_j <= p_i`` says ``j <= i``, whatever the data: the
-pair means "causal, within the document".
+``p_j <= p_i``. Within one document positions rise by one, so there ``p_j <= p_i`` says ``j <= i``, whatever the data:
+the pair means "causal, within the document".
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import fx
-
 from attnrewrite.passes.attention import Leaf
 from attnrewrite.passes.axes import Dim, broadcast, flat, symbols
 from attnrewrite.passes.graph import argument, is_node, op
 from attnrewrite.passes.scores import constant
+from torch import fx
 
 IsRange = Callable[[fx.Node], bool]
 

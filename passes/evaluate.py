@@ -6,18 +6,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.graph import op
 from torch import fx
 from torch.utils._pytree import tree_map
 
-from attnrewrite.passes.capture import Capture
-from attnrewrite.passes.graph import op
-
-_METADATA_ONLY = {"new_ones", "new_zeros", "new_full", "new_empty", "zeros_like", "ones_like", "full_like", "empty_like"}
+_METADATA_ONLY = {
+    "new_ones",
+    "new_zeros",
+    "new_full",
+    "new_empty",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+}
 _RANDOM = {"rand", "randn", "randint", "randperm", "bernoulli", "dropout", "normal", "uniform", "multinomial"}
 MAX_ELEMENTS = 1 << 28
 
 
-class DependsOnData(Exception):
+class DependsOnData(Exception):  # noqa: N818  # an answer, not an error
     """The value depends on an input of the model."""
 
 

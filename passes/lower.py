@@ -8,16 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
-
 from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.axes import ALIASES
 from attnrewrite.passes.certificate import fingerprint
 from attnrewrite.passes.graph import is_node, op
 from attnrewrite.passes.rules.base import Request, Rule
 from attnrewrite.passes.site import SiteTensors, nodes_read
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 _MOVES = {"transpose", "permute", "unsqueeze", "squeeze", "alias", "slice", "t"}
 _STRIDED = {"view", "_unsafe_view", "as_strided", "view_as", "view_as_complex"}
@@ -73,7 +72,23 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     facts = (seen.facts, seen.empty_rows, seen.rows_never_empty, site.dropout, torch.is_grad_enabled())
     result = (site.output.meta["val"].stride(), site.output.meta["val"].dtype, _needs_strides(site.output))
     config = sorted(request.config.items())
-    return "\n".join(map(str, (fingerprint(site), slots, leaves, values, facts, result, request.variant, config, len(seen.padding), len(seen.documents))))
+    return "\n".join(
+        map(
+            str,
+            (
+                fingerprint(site),
+                slots,
+                leaves,
+                values,
+                facts,
+                result,
+                request.variant,
+                config,
+                len(seen.padding),
+                len(seen.documents),
+            ),
+        )
+    )
 
 
 def _trace(function: object, values: list[object]) -> fx.GraphModule:

@@ -14,19 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
-
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.graph import layer_path
 from attnrewrite.passes.rules.base import Request
+from torch import fx
 
 
 @torch.library.custom_op("attnrewrite::enter", mutates_args=())
 def enter(x: torch.Tensor, params: Sequence[torch.Tensor], site: str) -> torch.Tensor:
     """Mark that the layer with input ``x`` attends as ``site`` says, with the new parameters ``params``."""
     what = json.loads(site)
-    raise error("AR308", f"the layer was converted to {what['variant']}, and its marker was executed", layer=what["layer"])
+    raise error(
+        "AR308",
+        f"the layer was converted to {what['variant']}, and its marker was executed",
+        layer=what["layer"],
+    )
 
 
 @enter.register_fake
@@ -46,7 +49,9 @@ class Marker:
 
 def encode(layer: str, variant: str, config: Mapping[str, Any], names: Sequence[str]) -> str:
     """Return the marker's ``site`` argument."""
-    return json.dumps({"layer": layer, "variant": variant, "config": dict(config), "names": list(names)}, sort_keys=True)
+    return json.dumps(
+        {"layer": layer, "variant": variant, "config": dict(config), "names": list(names)}, sort_keys=True
+    )
 
 
 def find(capture: Capture) -> list[Marker]:
@@ -55,7 +60,7 @@ def find(capture: Capture) -> list[Marker]:
     for module in capture.graphs():
         for node in module.graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.enter.default):
             what = json.loads(str(node.args[2]))
-            parameters = dict(zip(what["names"], node.args[1], strict=True))  # type: ignore[arg-type]  # a list of nodes
+            parameters = dict(zip(what["names"], node.args[1], strict=True))
             request = Request(what["variant"], what["config"], parameters, node)
             found.append(Marker(node, layer_path(node) or what["layer"], request))
     return found

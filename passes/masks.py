@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
-
 from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
 from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, same, size_of, symbols
 from attnrewrite.passes.capture import Capture
@@ -22,6 +20,7 @@ from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
 from attnrewrite.passes.graph import is_node, op, tensor
 from attnrewrite.passes.report import Mask
 from attnrewrite.passes.scores import constant
+from torch import fx
 
 NEGLIGIBLE = -1e9
 """Scores at or below this count as invisible: exp(score - max) is exactly 0 unless a whole row is."""
@@ -64,7 +63,7 @@ class MaskReader:
         The leaves that the result holds are nodes of ``graph``, ready to be read by a rewrite.
         """
         seen, static, fills = Visibility(Mask()), list[Leaf](), list[float]()
-        for term in [part for term in scores.terms for part in self._addends(term)]:
+        for term in [part for whole in scores.terms for part in self._addends(whole)]:
             read = self._term(graph, term, rows, heads)
             if read is None:
                 seen.bias.append(term)
@@ -80,7 +79,7 @@ class MaskReader:
             seen.documents, seen.dense = packed
         named = self._name(static, rows, cols)
         if named is None:
-            seen.dense += [whole for term, whole in self._wholes(seen.terms) if self._has_static(term, rows, heads)]
+            seen.dense += [_whole(term) for term in seen.terms if self._has_static(term, rows, heads)]
         else:
             seen.facts, seen.rows_never_empty = Mask(**vars(named[0])), named[1]
             seen.assumed = sorted({b for x in static for b in self.evaluator.buffers.get(x.node, ())})
@@ -102,9 +101,6 @@ class MaskReader:
             if seen.padding:
                 facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
         seen.rows_never_empty &= not seen.padding and not seen.dense
-
-    def _wholes(self, terms: list[Term]) -> list[tuple[Term, Leaf]]:
-        return [(term, _whole(term)) for term in terms]
 
     def _has_static(self, term: Term, rows: Dim, heads: Dim) -> bool:
         read = self._term(term.node.graph, term, rows, heads)
@@ -232,7 +228,10 @@ class MaskReader:
         """Name the conjunction of ``static``; also say whether every row of it has a visible key."""
         if not static:
             return Mask(), True
-        key = (tuple((x.node, x.polarity, x.threshold, _pattern(x.layout, rows, cols)) for x in static), str(size_of(rows)))
+        key = (
+            tuple((x.node, x.polarity, x.threshold, _pattern(x.layout, rows, cols)) for x in static),
+            str(size_of(rows)),
+        )
         if key not in self.memo:
             self.memo[key] = self._predicate(static, rows, cols)
         found: tuple[Mask, bool] | None = self.memo[key]
@@ -275,7 +274,10 @@ class MaskReader:
         if bound > 4096:
             return [_NEVER]
         tries = ({s: n + i for i, s in enumerate(free)} for n in (11, bound + 37))
-        return [self.evaluator, *(Evaluator(self.capture, {**dict.fromkeys(every - free, 2), **t}) for t in tries)]
+        return [
+            self.evaluator,
+            *(Evaluator(self.capture, {**dict.fromkeys(every - free, 2), **t}) for t in tries),
+        ]
 
 
 class _Never(Evaluator):

@@ -6,11 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import fx
-
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
 from attnrewrite.passes import markers as marker_pass
 from attnrewrite.passes.attention import Attention, Reject
@@ -23,7 +20,7 @@ from attnrewrite.passes.report import Rejection, Report, Site
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.select import Plan, request_for
-
+from torch import fx
 
 LEFT_AS_IT_IS = ("AR401", "AR404")
 """Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""
@@ -49,14 +46,16 @@ class Pipeline:
         report.rejections = found.not_attention
         return report, found
 
-    def check(self, found: Found, report: Report) -> None:
-        """Say for every proved site whether the plan's variant covers it."""
+    def check(self, capture: Capture, found: Found, report: Report) -> None:
+        """Say for every proved site what is wanted there, by its marker or the plan, and whether the variant covers it."""
+        markers = marker_pass.find(capture)
         for site, row in zip(found.attentions, report.sites, strict=False):
-            if row.status != "matched" or not self.plan.covers(site.layer):
+            request = request_for(site, markers, self.plan)
+            if row.status != "matched" or request is None:
                 continue
-            row.variant, row.config = self.plan.variant, dict(self.plan.config)
+            row.variant, row.config = request.variant, dict(request.config)
             try:
-                RULES[self.plan.variant].check(site, Request(self.plan.variant, self.plan.config))
+                RULES[request.variant].check(site, request)
             except Reject as reject:
                 row.rejections.append(reject.rejection(site.layer, site.source))
                 row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
@@ -134,10 +133,12 @@ class Pipeline:
             )
 
     def _check_applied(self, report: Report, markers: list[marker_pass.Marker], found: Found) -> None:
-        """A variant that was asked for and not applied is an error, never a silent fall-back."""
+        """Raise where a variant that was asked for is not applied: it never falls back in silence."""
         failed = [s for s in report.sites if s.status in ("rejected", "matched") and s.variant not in ("", "sdpa")]
         if self.plan.variant != "sdpa":
-            failed += [s for s in report.sites if s.status == "rejected" and s not in failed and self.plan.covers(s.layer)]
+            failed += [
+                s for s in report.sites if s.status == "rejected" and s not in failed and self.plan.covers(s.layer)
+            ]
         if failed:
             raise not_applied(failed)
         for marker in markers:
@@ -202,7 +203,11 @@ def listing(graph: fx.Graph, layer: str) -> str:
         stack = node.meta.get("nn_module_stack") or {}
         if any(layer and layer in str(entry[0]) for entry in stack.values()):
             value = node.meta.get("val")
-            kind = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+            kind = (
+                f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+                if isinstance(value, torch.Tensor)
+                else ""
+            )
             name = str(node.target).removeprefix("aten.")
             arguments = ", ".join(str(a) for a in node.args)
             lines.append(f"{node.name}: {kind} = {name}({arguments})")
@@ -217,4 +222,3 @@ def timed(report: Report, step: str) -> Iterator[None]:
         yield
     finally:
         report.timings_ms[step] = report.timings_ms.get(step, 0.0) + (time.perf_counter() - start) * 1e3
-

@@ -4,14 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from attnrewrite.passes.attention import Attention, Operand, Reject
+from attnrewrite.passes.axes import (
+    AxisError,
+    Dim,
+    Layout,
+    Symbol,
+    backward,
+    broadcast,
+    flat,
+    same,
+    size_of,
+    symbols,
+)
+from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
 from torch import fx
 
-from attnrewrite.passes.attention import Attention, Operand, Reject
-from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, backward, broadcast, flat, same, size_of, symbols
-from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
-
 _LINEAR = {"linear", "addmm", "mm", "matmul"}
-_ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "to", "_to_copy", "float", "type_as", "layer_norm", "rms_norm"}
+_ELEMENTWISE = {
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "to",
+    "_to_copy",
+    "float",
+    "type_as",
+    "layer_norm",
+    "rms_norm",
+}
 _PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
 
 
@@ -103,8 +125,21 @@ def _only_moved(node: fx.Node) -> bool:
             return True
         target = getattr(node.target, "__name__", "")
         pieces = op(node) in _PIECES or target == "getitem"
-        views = op(node) in {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "clone", "alias",
-                             "unsqueeze", "squeeze", "flatten", "unflatten", "unbind"}
+        views = op(node) in {
+            "view",
+            "reshape",
+            "_unsafe_view",
+            "transpose",
+            "permute",
+            "contiguous",
+            "clone",
+            "alias",
+            "unsqueeze",
+            "squeeze",
+            "flatten",
+            "unflatten",
+            "unbind",
+        }
         if not (pieces or views) or not node.args or not is_node(node.args[0]):
             return False
         node = node.args[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.axes import ALIASES, RESHAPES
 from attnrewrite.passes.graph import is_node, op
+from torch import fx
 
-_VIEWS = RESHAPES | (ALIASES - {"clone"}) | {"transpose", "permute", "t", "expand", "slice", "select", "squeeze", "unsqueeze"}
+_VIEWS = (
+    RESHAPES
+    | (ALIASES - {"clone"})
+    | {"transpose", "permute", "t", "expand", "slice", "select", "squeeze", "unsqueeze"}
+)
 
 
 def check_regions(site: Attention) -> None:

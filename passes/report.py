@@ -34,7 +34,8 @@ class Rejection:
 class Mask:
     """Which keys a query sees.
 
-    ``kind`` is one of none, causal, window, padding, custom, and causal or window with +documents or +padding; ``offset`` o means that
+    ``kind`` is one of none, causal, window, padding, custom, and causal or window with +documents or +padding;
+    ``offset`` o means that
     key j is visible to query i only if j <= i + o; ``window`` W only if j > i + o - W; ``padding`` says that a mask
     over keys [B, S] is part of it; ``fill`` is the value that invisible scores get (``-inf`` or a large negative
     number), None where nothing is filled.
@@ -98,7 +99,7 @@ class Report:
 
     @property
     def summary(self) -> dict[str, int]:
-        """Count sites by status: ``{"sites": n, "rewritten": ..., "matched": ..., "rejected": ..., "skipped": ...}``."""
+        """Count the sites, and the sites of each status: ``{"sites": 30, "rewritten": 29, "matched": 1, ...}``."""
         counts = dict.fromkeys(("rewritten", "matched", "rejected", "skipped"), 0)
         for site in self.sites:
             counts[site.status] += 1

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import fx
-
 from attnrewrite.passes.attention import Reject, Role, Scores, Term
 from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, symbols
 from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
+from torch import fx
 
 CONTRACTIONS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
 _CASTS = {"to", "_to_copy", "type_as", "float"}
@@ -152,7 +151,7 @@ def _scale(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Nod
 def _add(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Node, Layout]:
     scores, other, swapped = _choose(node, (0, 1))
     alpha = constant(argument(node, 2, "alpha", 1))
-    if op(node) == "sub" and swapped or alpha is None:
+    if (op(node) == "sub" and swapped) or alpha is None:
         raise Reject("AR203", "the scores are subtracted from something", node)
     sign = -1.0 if op(node) == "sub" else 1.0
     if swapped and alpha != 1:

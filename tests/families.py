@@ -90,9 +90,7 @@ def _llama(impl: str) -> nn.Module:
 
 def _gpt2(impl: str) -> nn.Module:
     rates = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_implementation=impl, **rates)
-    )
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, attn_implementation=impl, **rates))
 
 
 def _bert(impl: str) -> nn.Module:
@@ -132,9 +130,7 @@ _CAUSAL = ("causal", "causal")
 FAMILIES = [
     Family("llama", _llama, _paths("model.layers.{}.self_attn"), _CAUSAL, kv_heads=2),
     Family("gpt2", _gpt2, _paths("transformer.h.{}.attn"), _CAUSAL),
-    Family(
-        "bert", _bert, _paths("encoder.layer.{}.attention.self"), ("none", "none"), inputs=_encoder_inputs
-    ),
+    Family("bert", _bert, _paths("encoder.layer.{}.attention.self"), ("none", "none"), inputs=_encoder_inputs),
     Family(
         "t5",
         _t5,

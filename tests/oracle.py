@@ -44,9 +44,7 @@ def run(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, 
 def exact(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """Run a copy of the model in float64."""
     wide = copy.deepcopy(model).double()
-    doubled = {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-    }
+    doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
     with Float64():
         return run(wide, doubled)
 

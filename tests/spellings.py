@@ -23,9 +23,7 @@ class NanoGPT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (
-            y.view(B, T, HEADS, C // HEADS).transpose(1, 2) for y in self.c_attn(x).split(WIDTH, dim=2)
-        )
+        q, k, v = (y.view(B, T, HEADS, C // HEADS).transpose(1, 2) for y in self.c_attn(x).split(WIDTH, dim=2))
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
         att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
         att = self.attn_dropout(F.softmax(att, dim=-1))
@@ -73,7 +71,11 @@ class MultiQuery(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q, self.kv, self.o = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2 * HEAD_DIM), nn.Linear(WIDTH, WIDTH)
+        self.q, self.kv, self.o = (
+            nn.Linear(WIDTH, WIDTH),
+            nn.Linear(WIDTH, 2 * HEAD_DIM),
+            nn.Linear(WIDTH, WIDTH),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
@@ -191,9 +193,7 @@ class MultiheadAttention(nn.Module):
         T = x.shape[1]
         causal = torch.ones(T, T, dtype=torch.bool).triu(1) if self.mask == "causal" else None
         padding = x[..., 0] > 1.0 if self.mask == "padding" else None
-        out: Tensor = self.inner(
-            x, x, x, need_weights=self.need_weights, attn_mask=causal, key_padding_mask=padding
-        )[0]
+        out: Tensor = self.inner(x, x, x, need_weights=self.need_weights, attn_mask=causal, key_padding_mask=padding)[0]
         return out
 
 

@@ -81,9 +81,7 @@ def test_packages_in_pyproject_are_the_folders():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = [path.parent.relative_to(ROOT) for path in sources(*ROOMS) if path.name == "__init__.py"]
     names = [".".join(folder.parts) for folder in folders]
-    assert sorted(listed) == sorted(
-        name if name.startswith("attnrewrite") else f"attnrewrite.{name}" for name in names
-    )
+    assert sorted(listed) == sorted(name if name.startswith("attnrewrite") else f"attnrewrite.{name}" for name in names)
 
 
 def test_package_data_covers_every_data_file():

@@ -17,9 +17,7 @@ from attnrewrite.cli.verb import add_common_options
 from attnrewrite.kernels.diagnostics import AttnRewriteError, closest
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
-_EXIT_CODES = dict.fromkeys(("AR201", "AR306"), EXIT_NOTHING) | dict.fromkeys(
-    ("AR205", "AR313"), EXIT_VERIFICATION
-)
+_EXIT_CODES = dict.fromkeys(("AR201", "AR306"), EXIT_NOTHING) | dict.fromkeys(("AR205", "AR313"), EXIT_VERIFICATION)
 
 VERBS = {
     "variants": "List the attention variants, or show one with its fields.",

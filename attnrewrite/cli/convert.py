@@ -37,13 +37,9 @@ _EXAMPLES = (
     help="JSON: one config, or a plan of globs on layers to configs.",
 )
 @click.option("--set", "settings", multiple=True, metavar="K=V", help="Set a field of the variant's config.")
-@click.option(
-    "--target", "targets", multiple=True, metavar="GLOB", help="Convert these layers. [default: all]"
-)
+@click.option("--target", "targets", multiple=True, metavar="GLOB", help="Convert these layers. [default: all]")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers as they are.")
-@click.option(
-    "--verify/--no-verify", default=True, show_default=True, help="Compare outputs before and after."
-)
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs before and after.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @seq_len_option(32, "Tokens of the example sequence.")
@@ -108,9 +104,7 @@ def _plan(
     from attnrewrite.variants import VariantConfig, parse_config
 
     if (variant is None) == (file is None):
-        raise click.UsageError(
-            "Name either --variant or --config; `attnrewrite variants` lists the variants."
-        )
+        raise click.UsageError("Name either --variant or --config; `attnrewrite variants` lists the variants.")
     if file is not None:
         if settings:
             raise click.UsageError("--set goes with --variant; put the fields into the file.")
@@ -132,9 +126,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as cause:
         raise error("AR602", f"{file} cannot be read as JSON: {cause}") from cause
-    plan = isinstance(data, dict) and (
-        "variant" in data or all(isinstance(entry, dict) for entry in data.values())
-    )
+    plan = isinstance(data, dict) and ("variant" in data or all(isinstance(entry, dict) for entry in data.values()))
     if not plan or not data:
         detail = 'it must be {"variant": ...} or a plan {"model.layers.*": {"variant": ...}, ...}'
         raise error("AR602", f"{file} is no config: {detail}")
@@ -164,9 +156,7 @@ def _view(data: dict[str, Any]) -> RenderableType:
     total = len(data["sites"])
     verb = "would be converted" if data["dry_run"] else "converted"
     verified = ", outputs compared" if data["verified"] else ", outputs not compared"
-    lines = [
-        Text(f"{data['model']} · {total} site{'' if total == 1 else 's'} {verb}{verified}", style="bold")
-    ]
+    lines = [Text(f"{data['model']} · {total} site{'' if total == 1 else 's'} {verb}{verified}", style="bold")]
     for config, layers in by_config.items():
         lines += [Text(f"  {path} → {config}") for path, _ in fold_paths(layers)]
     lines.append(Text(f"  {data['new_parameters']:,} new parameters"))

@@ -29,14 +29,10 @@ _EXAMPLES = (
 @model_argument
 @click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text. [default: the text that ships]")
 @seq_len_option(256, "Tokens per strip; strips do not overlap.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Read this many."
-)
+@click.option("--max-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Read this many.")
 @click.option("--baseline", metavar="MODEL", help="Measure this model on the same text, too.")
 @click.pass_obj
-def command(
-    output: Output, model: str, text: Path | None, seq_len: int, max_tokens: int, baseline: str | None
-) -> None:
+def command(output: Output, model: str, text: Path | None, seq_len: int, max_tokens: int, baseline: str | None) -> None:
     """Measure the perplexity of MODEL on a text: lower is better.
 
     MODEL must be a causal language model in a folder that holds its tokenizer.

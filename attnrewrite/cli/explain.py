@@ -27,13 +27,9 @@ _EXAMPLES = (
 @seq_len_option(32, "Tokens per example sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Example sequences.")
 @click.option("--dtype", help="Load in this dtype: float32, bfloat16, float16, float64.")
-@click.option(
-    "--attn", type=click.Choice(["eager", "sdpa"]), help="How a transformers model is to write attention."
-)
+@click.option("--attn", type=click.Choice(["eager", "sdpa"]), help="How a transformers model is to write attention.")
 @click.option("--only", type=click.Choice(["matched", "rejected"]), help="Show the sites of one status.")
-@click.option(
-    "--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write the report as a page."
-)
+@click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write the report as a page.")
 @click.option("--strict", is_flag=True, help="Exit with 3 when a site is rejected.")
 @click.pass_obj
 def command(
@@ -80,9 +76,7 @@ def _explain_program(output: Output, path: str, variant: str | None) -> Report:
     from attnrewrite.loading import load_program
 
     if variant is not None:
-        raise click.BadOptionUsage(
-            "--variant", "--variant needs a model; a .pt2 file can only be explained as it is."
-        )
+        raise click.BadOptionUsage("--variant", "--variant needs a model; a .pt2 file can only be explained as it is.")
     with output.step(f"explaining {path}"):
         report = explain_program(load_program(path))
     report.model = Path(path).name

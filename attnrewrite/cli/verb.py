@@ -31,9 +31,7 @@ def add_common_options(command: click.Command) -> None:
     """Give a command ``--format`` and ``-v``, so that they may stand before or after the verb."""
     choice = click.Choice(FORMATS)
     text = "How to print the result. [default: human]"
-    command.params.append(
-        click.Option(["--format"], type=choice, callback=_set_format, expose_value=False, help=text)
-    )
+    command.params.append(click.Option(["--format"], type=choice, callback=_set_format, expose_value=False, help=text))
     text = "Print more; on errors the traceback."
     command.params.append(
         click.Option(["-v", "--verbose"], is_flag=True, callback=_set_verbose, expose_value=False, help=text)
@@ -59,6 +57,4 @@ def model_argument(function: Function) -> Function:
 
 def seq_len_option(default: int, what: str) -> Callable[[Function], Function]:
     """Take ``--seq-len``."""
-    return click.option(
-        "--seq-len", type=click.IntRange(min=2), default=default, show_default=True, help=what
-    )
+    return click.option("--seq-len", type=click.IntRange(min=2), default=default, show_default=True, help=what)

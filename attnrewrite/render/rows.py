@@ -74,9 +74,7 @@ def _fold_numbers(texts: tuple[str, ...], numbers: list[list[int]]) -> list[tupl
     widest = max(slots, key=lambda slot: len({values[slot] for values in numbers}), default=0)
     groups: dict[tuple[int, ...], list[int]] = {}
     for values in numbers:
-        groups.setdefault(tuple(values[:widest] + values[widest + 1 :]), []).extend(
-            values[widest : widest + 1]
-        )
+        groups.setdefault(tuple(values[:widest] + values[widest + 1 :]), []).extend(values[widest : widest + 1])
     folded = []
     for rest, indices in groups.items():
         shown = [str(value) for value in rest]

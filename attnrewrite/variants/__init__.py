@@ -13,7 +13,12 @@ from attnrewrite.variants.ssa import SSAConfig as SSAConfig
 
 for _info in (
     VariantInfo(
-        "sdpa", "the exact rewrite to fused attention", False, False, "Vaswani et al. 2017, arXiv 1706.03762", SdpaConfig
+        "sdpa",
+        "the exact rewrite to fused attention",
+        False,
+        False,
+        "Vaswani et al. 2017, arXiv 1706.03762",
+        SdpaConfig,
     ),
     VariantInfo(
         "selective",

@@ -88,16 +88,18 @@ _REGISTRY: dict[str, VariantInfo] = {}
 def register_variant(info: VariantInfo, rule: object | None = None) -> None:
     """Add a variant: its config and, from another package, its rewrite rule (see ``attnrewrite.passes.rules.base``).
 
-    Raises VariantError AR303 where the name is taken or differs between the parts.
+    Raises VariantError AR314 where the name is taken, differs between the parts, or has no rule.
     """
     if info.name in _REGISTRY:
-        raise error("AR303", f"a variant named {info.name!r} is registered already")
+        raise error("AR314", f"a variant named {info.name!r} is registered already")
     if info.config.variant != info.name:
-        raise error("AR303", f"the config's variant is {info.config.variant!r}, the registration says {info.name!r}")
-    if rule is not None:
-        from attnrewrite.passes.rules import RULES
+        raise error("AR314", f"the config's variant is {info.config.variant!r}, the registration says {info.name!r}")
+    from attnrewrite.passes.rules import RULES
 
+    if rule is not None:
         RULES[info.name] = typing.cast("typing.Any", rule)
+    if info.name not in RULES:
+        raise error("AR314", f"{info.name!r} has no rule", hint="pass rule=, an object like those in attnrewrite.passes.rules")
     _REGISTRY[info.name] = info
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from attnrewrite.passes.attention import Attention
 
 ALMOST_IDENTITY = -7.4
-"""σ(-7.4) = 6.1e-4: the gain with which a model trained from scratch begins."""
+"""sigmoid(-7.4) = 6.1e-4: the gain with which a model trained from scratch begins."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class SSAConfig(VariantConfig):
         shape = {name: sizes[name] for name in ("H", "Hkv", "D", "Dv")}
         if not all(isinstance(n, int) for n in shape.values()):
             raise error("AR307", f"head counts and dims must be numbers, not {shape}", layer=site.layer)
-        shapes = {"q_gate": (shape["H"], shape["D"]), "v_gate": (shape["Hkv"], shape["Dv"]), "q_gain": (), "v_gain": ()}
+        shapes = {
+            "q_gate": (shape["H"], shape["D"]),
+            "v_gate": (shape["Hkv"], shape["Dv"]),
+            "q_gain": (),
+            "v_gain": (),
+        }
         return self.empty_module(shapes).to(device)
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:

@@ -37,11 +37,7 @@ def section(result: Mapping[str, Any]) -> str:
 def _row(figure: Mapping[str, Any]) -> str:
     unit = "" if figure["unit"] == "1" else f" {figure['unit']}"
     goal = figure["goal"]
-    held = (
-        ""
-        if goal is None
-        else f"{goal['sense']} {goal['value']:g}{unit}: {'met' if figure['met'] else 'MISSED'}"
-    )
+    held = "" if goal is None else f"{goal['sense']} {goal['value']:g}{unit}: {'met' if figure['met'] else 'MISSED'}"
     floor = "" if figure["floor"] is None else f"{figure['floor']:.3g}{unit}"
     over = "" if figure["over_floor"] is None else f"{figure['over_floor']:.3g} x"
     spread = f"{figure['p20']:.3g} to {figure['p80']:.3g}"

@@ -92,9 +92,7 @@ def _compare(
         if _graphs() != graphs:
             raise RuntimeError(f"something was compiled while the clock ran: {metric}, {place}")
         rate = product / min(taken.pop("matmul"))
-        result.facts[f"{metric}, {place}"] = (
-            f"{rate / 1e9:.1f} GFLOP/s in matmul, {got:.2f} CPU seconds per second"
-        )
+        result.facts[f"{metric}, {place}"] = f"{rate / 1e9:.1f} GFLOP/s in matmul, {got:.2f} CPU seconds per second"
         floor = factor * work / rate
         result.figures += [Figure(case, name, metric, "s", taken[name], floor) for name in taken]
         for peer in (PEER, PLAIN, HAND):
@@ -135,9 +133,7 @@ def _agree(runs: Runs, x: torch.Tensor, tolerance: float) -> float:
     for name, run in runs.items():
         difference = float((outputs(*run, x) - wanted).abs().max() / wanted.abs().max())
         if difference > tolerance:
-            raise RuntimeError(
-                f"{name} differs from eager mode by {difference:.3g}; {tolerance:g} is allowed"
-            )
+            raise RuntimeError(f"{name} differs from eager mode by {difference:.3g}; {tolerance:g} is allowed")
         worst = max(worst, difference)
     return float(f"{worst:.2g}")
 

@@ -55,9 +55,7 @@ def attention(
         LoweringError: AR402, arguments that do not fit together.
     """
     if softcap is not None:
-        return eager_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap
-        )
+        return eager_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap)
     check_attention(
         query,
         key,

@@ -84,9 +84,7 @@ def selective_attention(
         return weighted_values(weights, value, dropout_p).to(query.dtype)
 
 
-def selection_penalty(
-    logits: Tensor, seen: Tensor | None, *, protect_first: bool = True
-) -> tuple[Tensor, Tensor]:
+def selection_penalty(logits: Tensor, seen: Tensor | None, *, protect_first: bool = True) -> tuple[Tensor, Tensor]:
     """Return the penalty F of every pair, and the state: the votes that each key has received in the end.
 
     Args:

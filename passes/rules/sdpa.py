@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import fx
-
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.masks import NEGLIGIBLE
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.site import SiteTensors
+from torch import fx
 
 
 class SdpaRule:
@@ -50,7 +49,11 @@ def check_terms(site: Attention) -> None:
     """Refuse what no additive mask can express."""
     for term in site.scores.terms:
         if term.kind == "fill" and term.value > NEGLIGIBLE:
-            raise Reject("AR401", f"scores are filled with {term.value:g}, which still lets a masked key through", term.node)
+            raise Reject(
+                "AR401",
+                f"a fill of {term.value:g} still lets masked keys through",
+                term.node,
+            )
     if site.scores.alpha <= 0:
         raise Reject("AR401", f"the scale {site.scores.alpha:g} is not positive", site.anchor)
 
@@ -89,7 +92,13 @@ def common_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def empty_rows(
-    t: SiteTensors, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, forward: bool = False
+    t: SiteTensors,
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    forward: bool = False,
 ) -> torch.Tensor:
     """Give rows without visible keys what the model gives them, values and gradients.
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import fx
-
 from attnrewrite.kernels.selective.reference import selective_attention
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
 from attnrewrite.passes.site import SiteTensors, same_length
+from torch import fx
 
 
 class SelectiveRule:
@@ -26,12 +25,23 @@ class SelectiveRule:
             raise Reject("AR307", "selective attention needs a mask it understands; this one is custom", site.anchor)
         if facts.offset is None:
             if same_length(site):
-                raise Reject("AR307", "selective attention is defined for causal attention; this one sees all keys", site.anchor)
-            raise Reject("AR307", "selective attention is defined for causal self-attention; here the queries and keys "
-                         "are different sequences, or the queries continue a cache (use_cache=False)", site.anchor)
+                raise Reject(
+                    "AR307",
+                    "selective attention is defined for causal attention; this one sees all keys",
+                    site.anchor,
+                )
+            raise Reject(
+                "AR307",
+                "selective attention is defined for causal self-attention; here the queries and keys "
+                "are different sequences, or the queries continue a cache (use_cache=False)",
+                site.anchor,
+            )
         if facts.offset != 0 or not same_length(site):
-            raise Reject("AR307", "the queries continue a cache, whose earlier votes are not known; call the model with "
-                         "use_cache=False", site.anchor)
+            raise Reject(
+                "AR307",
+                "the queries continue a cache, whose earlier votes are not known; call the model with use_cache=False",
+                site.anchor,
+            )
         heads = site.sizes()["H"]
         head = int(request.config.get("selection_head", 0))
         if not isinstance(heads, int) or not 0 <= head < heads:
@@ -39,7 +49,7 @@ class SelectiveRule:
         check_terms(site)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
-        """The layer's ``gamma``, if it has one."""
+        """Return the layer's ``gamma``, if it has one."""
         return dict(request.parameters)
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:

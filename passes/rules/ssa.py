@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import fx
-
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.projection import query_projection
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
 from attnrewrite.passes.site import SiteTensors
+from torch import fx
 
 
 class SSARule:
@@ -26,11 +25,15 @@ class SSARule:
         heads, width = site.sizes()["H"], site.sizes()["D"]
         gate = request.parameters.get("q_gate")
         if gate is not None and tuple(gate.meta["val"].shape) != (heads, width):
-            raise Reject("AR309", f"the gates are for {tuple(gate.meta['val'].shape)}, the site has {(heads, width)}", site.anchor)
+            raise Reject(
+                "AR309",
+                f"the gates are for {tuple(gate.meta['val'].shape)}, the site has {(heads, width)}",
+                site.anchor,
+            )
         query_projection(site)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
-        """The layer's gates and gains, and the query's raw projection."""
+        """Return the layer's gates and gains, and the query's raw projection."""
         return {**request.parameters, "projection": query_projection(site).node}
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:

@@ -137,7 +137,12 @@ def test_generation_with_a_cache_equals_generation_without(impl: str) -> None:
     with torch.no_grad():
         for _, parameter in new_parameters(model):
             parameter.copy_(0.4 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    settings = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    settings = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     cached, whole = (model.generate(**inputs, use_cache=use, **settings) for use in (True, False))
     assert torch.equal(cached.sequences, whole.sequences)
     for a, b in zip(cached.logits, whole.logits, strict=True):
@@ -188,7 +193,7 @@ def untouched(model: nn.Module, action: Callable[[], Any]) -> BaseException:
     """Run an action that must fail, and check that the model is as it was."""
     keys, hooks = set(model.state_dict()), [len(m._forward_pre_hooks) for m in model.modules()]
     compiled = model._compiled_call_impl
-    with pytest.raises(BaseException) as caught:  # noqa: PT011  # the caller looks at the error itself
+    with pytest.raises(BaseException) as caught:  # the caller looks at the error itself
         action()
     assert set(model.state_dict()) == keys
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
@@ -233,9 +238,7 @@ def test_every_wrong_call_is_named_and_changes_nothing() -> None:
     assert (code, "sees all keys" in text) == ("AR307", True)
     llama = build(BY_NAME["llama"], "eager")
     kwargs = BY_NAME["llama"].inputs()
-    code, text = code_of(
-        llama, lambda: convert(llama, ssa, example_kwargs=kwargs, targets="model.layer.*.self_attn")
-    )
+    code, text = code_of(llama, lambda: convert(llama, ssa, example_kwargs=kwargs, targets="model.layer.*.self_attn"))
     assert (code, "model.layers.0.self_attn" in text) == ("AR306", True)
     assert code_of(llama, lambda: convert(llama, ssa, example_kwargs=kwargs, exclude="*"))[0] == "AR306"
     llama.model.layers[1].self_attn.ssa = nn.Linear(1, 1)
@@ -252,7 +255,7 @@ def test_converting_twice_is_refused() -> None:
     assert (again[0], "ssa in 1 layers" in again[1]) == ("AR305", True)
     raw = attnrewrite.Backend(variant=SelectiveConfig(mode="raw"), inner="eager")
     with pytest.raises(BackendCompilerFailed, match="AR305"):
-        torch.compile(model.forward, backend=raw)  # noqa: B018  # compiled below
+        torch.compile(model.forward, backend=raw)  # compiled below
         model.compile(backend=raw)
         model(X)
 

@@ -154,12 +154,8 @@ def test_wrong_dtype_and_length(folder):
 def test_attention_that_the_model_lacks(tmp_path):
     from transformers import BloomConfig, BloomForCausalLM
 
-    BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(
-        tmp_path
-    )
-    assert "leave the option out" in failure(
-        "AR102", load_model, str(tmp_path), LoadOptions(attention="sdpa")
-    )
+    BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    assert "leave the option out" in failure("AR102", load_model, str(tmp_path), LoadOptions(attention="sdpa"))
     assert load_model(str(tmp_path)).model.config._attn_implementation == "eager"
 
 

@@ -53,7 +53,9 @@ def test_round_trip_into_the_base_is_bit_exact(tmp_path: Path, config: Any) -> N
     assert is_conversion(folder)
     loaded = attnrewrite.load_pretrained(base_of(model), folder)
     assert conversion_of(loaded) == conversion_of(model)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), model.state_dict().values(), strict=True)
+    )
     assert torch.equal(loaded(X), expected)
 
 

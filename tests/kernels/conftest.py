@@ -20,9 +20,7 @@ def _assert_prints(actual, text):
     for value, token in zip(values, printed, strict=True):
         decimals = max(8, len(token.partition(".")[2]))
         allowed = 0.5 * 10**-decimals * (1 + 1e-4) + 1e-15 * abs(value)
-        assert abs(value - float(token)) <= allowed, (
-            f"{value!r} is not {token}, off by {value - float(token):.2e}"
-        )
+        assert abs(value - float(token)) <= allowed, f"{value!r} is not {token}, off by {value - float(token):.2e}"
 
 
 @pytest.fixture(scope="session")

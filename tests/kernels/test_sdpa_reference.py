@@ -118,9 +118,7 @@ class TestAgainstTorch:
         tensors = random_qkv(2, 3, 3, 17, 8)
         strided = [tensor.detach().transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
         assert not any(tensor.is_contiguous() for tensor in strided)
-        torch.testing.assert_close(
-            attention(*strided, softcap=softcap), attention(*tensors, softcap=softcap), **CLOSE
-        )
+        torch.testing.assert_close(attention(*strided, softcap=softcap), attention(*tensors, softcap=softcap), **CLOSE)
 
 
 @st.composite
@@ -158,9 +156,7 @@ class TestDefinition:
         if shape.masking != "none":
             seen &= allowed
         additive = shape.masking == "additive"
-        mask = {"none": None, "boolean": allowed, "additive": bias.masked_fill(~allowed, -math.inf)}[
-            shape.masking
-        ]
+        mask = {"none": None, "boolean": allowed, "additive": bias.masked_fill(~allowed, -math.inf)}[shape.masking]
         arguments = {"is_causal": True, "window": shape.window, "enable_gqa": True, "softcap": shape.softcap}
         expected = row_by_row(query, key, value, seen, softcap=shape.softcap, bias=bias if additive else None)
         for function in (attention, eager_attention):
@@ -191,9 +187,7 @@ class TestDefinition:
         bias = torch.linspace(-1, 1, 50, dtype=torch.float64).reshape(1, 2, 5, 5).requires_grad_()
 
         def run(query, key, value, bias):
-            return attention(
-                query, key, value, bias, is_causal=True, enable_gqa=True, window=3, softcap=softcap
-            )
+            return attention(query, key, value, bias, is_causal=True, enable_gqa=True, window=3, softcap=softcap)
 
         assert torch.autograd.gradcheck(run, (*tensors, bias))
 
@@ -213,9 +207,7 @@ class TestDefinition:
 
 class TestLowPrecision:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize(
-        "arguments", [{}, {"softcap": 4.0}, {"window": 20}], ids=["plain", "softcap", "window"]
-    )
+    @pytest.mark.parametrize("arguments", [{}, {"softcap": 4.0}, {"window": 20}], ids=["plain", "softcap", "window"])
     def test_no_worse_than_ordinary_pytorch(self, random_qkv, assert_no_worse, dtype, arguments):
         tensors = random_qkv(2, 2, 2, 111, 32, dtype=dtype)
         exact = attention(*(tensor.double() for tensor in tensors), is_causal=True, **arguments)

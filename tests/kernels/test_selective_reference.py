@@ -36,16 +36,12 @@ def parts(query, key, seen, *, gamma=1.0, selection_head=0, protect_first=True):
     )
 
 
-def dense_formula(
-    query, key, value, *, seen=None, inclusive=False, protect=0, own_votes=False, future_votes=False
-):
+def dense_formula(query, key, value, *, seen=None, inclusive=False, protect=0, own_votes=False, future_votes=False):
     """The definition, pair by pair, with switches for the usual mistakes; selection head 0, one batch row."""
     L, H, Hkv = query.shape[2], query.shape[1], key.shape[1]
     seen = causal(L) if seen is None else seen
     heads = [h * Hkv // H for h in range(H)]
-    logits = torch.stack([query[0, h] @ key[0, g].T for h, g in enumerate(heads)]) / math.sqrt(
-        query.shape[-1]
-    )
+    logits = torch.stack([query[0, h] @ key[0, g].T for h, g in enumerate(heads)]) / math.sqrt(query.shape[-1])
     votes = torch.zeros(L, L, dtype=torch.float64)
     for i in range(L):
         for j in range(L):
@@ -166,9 +162,7 @@ class TestWorkedExample:
     def test_plain_attention(self, worked, table):
         out = selective_attention(worked.query, worked.key, worked.value, gamma=0.0)
         assert (out * worked.upstream).sum().item() == pytest.approx(7.3400367728, abs=1e-10)
-        torch.testing.assert_close(
-            out[0, 0, 4], table("[.4633378 .1306900 .0480782 .4633378]")[0], rtol=0, atol=5.1e-8
-        )
+        torch.testing.assert_close(out[0, 0, 4], table("[.4633378 .1306900 .0480782 .4633378]")[0], rtol=0, atol=5.1e-8)
 
 
 def needed_keys(penalty, seen):
@@ -328,9 +322,7 @@ class TestExactProperties:
         query = query.detach().abs()
         key = -key.detach().abs()
         out = selective_attention(query, key, value)
-        torch.testing.assert_close(
-            out, F.scaled_dot_product_attention(query, key, value, is_causal=True), **CLOSE
-        )
+        torch.testing.assert_close(out, F.scaled_dot_product_attention(query, key, value, is_causal=True), **CLOSE)
 
     @pytest.mark.parametrize("gamma", [0, 0.0, torch.tensor(0.0)], ids=["int", "float", "tensor"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -439,9 +431,7 @@ class TestExactProperties:
         may_not[0, :, 0] = may_not[1, :, 3] = True
         for other in (1e4, math.inf, math.nan):
             changed = logits.masked_fill(may_not, other)
-            for ours, theirs in zip(
-                selection_penalty(changed, seen), selection_penalty(logits, seen), strict=True
-            ):
+            for ours, theirs in zip(selection_penalty(changed, seen), selection_penalty(logits, seen), strict=True):
                 assert torch.equal(ours, theirs)
 
     def test_votes_come_from_raw_logits_and_leave_them_unchanged(self, random_qkv):
@@ -547,9 +537,7 @@ class TestGradients:
         query, key, value = random_qkv(1, 2, 2, 5, 3, seed=4)
         bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
         bias.requires_grad_()
-        assert torch.autograd.gradcheck(
-            lambda bias: selective_attention(query, key, value, attn_mask=bias), (bias,)
-        )
+        assert torch.autograd.gradcheck(lambda bias: selective_attention(query, key, value, attn_mask=bias), (bias,))
 
     def test_a_penalty_moves_weight_and_makes_none(self, random_qkv):
         tensors = random_qkv(1, 3, 3, 12, 8)

@@ -51,9 +51,7 @@ def worked(table):
         "key": "[1 1] [2 0] [0 1] [1 -1]",
         "value": "[1 0] [0 1] [1 1] [2 -1]",
     }
-    data = SimpleNamespace(
-        **{name: table(text)[None, None].requires_grad_() for name, text in tensors.items()}
-    )
+    data = SimpleNamespace(**{name: table(text)[None, None].requires_grad_() for name, text in tensors.items()})
     data.upstream = table("[1 0] [0 1] [1 1] [1 -1]")[None, None]
     data.q_gate, data.v_gate = table("[.5 -.25]").requires_grad_(), table("[-.5 .75]").requires_grad_()
     data.q_alpha, data.v_alpha = scalar(-1.0), scalar(-2.0)
@@ -81,9 +79,7 @@ class TestWorkedExample:
         assert_prints(weights[0, 0, 2, :3], "[.42633844 .42633844 .14732313]")
         assert_prints(weights[0, 0, 3], "[.27851806 .05953513 .60241168 .05953513]")
         assert_prints(lse, ".98817941 1.09807948 2.97773210 1.27827238")
-        assert_prints(
-            worked.out, "[.60250328 0] [.40156182 .54741541] [.45402490 .89693434] [1.01757538 .88209819]"
-        )
+        assert_prints(worked.out, "[.60250328 0] [.40156182 .54741541] [.45402490 .89693434] [1.01757538 .88209819]")
         assert worked.loss.item() == pytest.approx(2.6363551361800934, rel=1e-15)
 
     def test_gradients(self, worked, assert_prints):
@@ -208,9 +204,7 @@ class TestTemperature:
         gate = torch.zeros(3, 8, dtype=torch.float64)
         tau = temperature(projection, gate, 0.7, torch.arange(1, 10))
         assert (tau[:, :, 0] == 1).all()
-        torch.testing.assert_close(
-            tau[0, 0], 1 + 0.7 * torch.arange(1, 10, dtype=torch.float64).log(), **CLOSE
-        )
+        torch.testing.assert_close(tau[0, 0], 1 + 0.7 * torch.arange(1, 10, dtype=torch.float64).log(), **CLOSE)
 
     def test_padded_positions_count_as_the_first(self, random_qkv):
         projection, *_ = random_qkv(2, 3, 3, 5, 8)
@@ -253,9 +247,7 @@ class TestTemperature:
         projection, *_ = random_qkv(1, 2, 2, 4, 3)
         gate = torch.linspace(-0.5, 0.5, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
         positions = torch.arange(0, 4)
-        assert torch.autograd.gradcheck(
-            lambda *given: temperature(*given, positions), (projection, gate, scalar(0.3))
-        )
+        assert torch.autograd.gradcheck(lambda *given: temperature(*given, positions), (projection, gate, scalar(0.3)))
 
     def test_parameters_at_the_identity_are_alive(self, random_qkv):
         for L in (1, 9):
@@ -283,9 +275,7 @@ class TestExactProperties:
     @pytest.mark.parametrize("causality", [{"is_causal": True}, {}], ids=["causal", "full"])
     def test_temperature_one_equals_sdpa_bit_for_bit(self, random_qkv, dtype, causality):
         query, key, value = random_qkv(2, 4, 2, 17, 8, dtype=dtype)
-        out = ssa_attention(
-            query, key, value, torch.ones(2, 4, 17), torch.ones(2, 2, 17), enable_gqa=True, **causality
-        )
+        out = ssa_attention(query, key, value, torch.ones(2, 4, 17), torch.ones(2, 2, 17), enable_gqa=True, **causality)
         assert out.dtype == dtype
         plain = F.scaled_dot_product_attention(query, key, value, enable_gqa=True, **causality)
         assert torch.equal(out, plain)
@@ -342,9 +332,7 @@ class TestExactProperties:
     def test_negative_query_temperature_turns_the_order(self, random_qkv):
         query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 4)
         out = ssa_attention(query, key, value, -tau_q, tau_v, is_causal=True)
-        torch.testing.assert_close(
-            out, ssa_attention(-query, key, value, tau_q, tau_v, is_causal=True), **CLOSE
-        )
+        torch.testing.assert_close(out, ssa_attention(-query, key, value, tau_q, tau_v, is_causal=True), **CLOSE)
 
     def test_no_leak_from_the_future(self, random_qkv):
         data = [tensor.detach() for tensor in draw_temperatures(random_qkv, 2, 2, 2, 33, 8)]
@@ -433,8 +421,7 @@ class TestExactProperties:
     def test_gradients_of_temperatures_are_row_products(self, random_qkv):
         query, key, value, tau_q, tau_v = draw_temperatures(random_qkv, 1, 2, 2, 9, 8)
         scaled = [
-            (tau[..., None] * states).detach().requires_grad_()
-            for tau, states in ((tau_q, query), (tau_v, value))
+            (tau[..., None] * states).detach().requires_grad_() for tau, states in ((tau_q, query), (tau_v, value))
         ]
         plain = F.scaled_dot_product_attention(scaled[0], key, scaled[1], is_causal=True)
         dq, dv = torch.autograd.grad((plain**3).sum(), scaled)
@@ -461,9 +448,7 @@ class TestImbalancedTokens:
             key[..., minority:, 1] = 1
             query = torch.tensor([[[[1.0, 0.0]]]], dtype=torch.float64)
             tau_q = tau(n, minority).reshape(1, 1, 1)
-            shares = ssa_attention(
-                query, key, key, tau_q, torch.ones(1, 1, n, dtype=torch.float64), scale=1.0
-            )
+            shares = ssa_attention(query, key, key, tau_q, torch.ones(1, 1, n, dtype=torch.float64), scale=1.0)
             losses.append((shares[0, 0, 0] - torch.tensor([0.5, 0.5], dtype=torch.float64)).square().sum())
         return torch.stack(losses).mean().item()
 
@@ -527,9 +512,7 @@ class TestShapes:
         B, H, Hkv, L, S = shape.B, shape.H, shape.Hkv, shape.L, shape.S
         query, key, value = draw(B, H, L, shape.D), draw(B, Hkv, S, shape.D), draw(B, Hkv, S, shape.Dv)
         tau_q, tau_v = draw(B, H, L), draw(B, Hkv, S)
-        keys, scaled = (
-            tensor.repeat_interleave(H // Hkv, 1) for tensor in (key, tau_v.unsqueeze(-1) * value)
-        )
+        keys, scaled = (tensor.repeat_interleave(H // Hkv, 1) for tensor in (key, tau_v.unsqueeze(-1) * value))
         weights = (tau_q.unsqueeze(-1) * (query @ keys.mT) / math.sqrt(shape.D)).softmax(-1)
         out = ssa_attention(query, key, value, tau_q, tau_v, enable_gqa=True)
         torch.testing.assert_close(out, weights @ scaled, **CLOSE)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, HEAD_DIM, HEADS, Family, build, padded
-
-from attnrewrite.explanation import explain
 from attnrewrite.passes.capture import Capture, from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Report
+from families import FAMILIES, HEAD_DIM, HEADS, Family, build, padded
+
+from attnrewrite.explanation import explain
 
 CASES = [
     pytest.param(family, impl, pad, id=f"{family.name}-{impl}-{'padded' if pad else 'whole'}")
@@ -50,7 +50,7 @@ def test_every_attention_is_found_with_its_facts(family: Family, impl: str, pad:
     assert {s.softcap for s in sites} == {family.softcap}
     for site, kind, biased in zip(sites, family.masks, family.bias or (False,) * len(sites), strict=True):
         assert bool(site.bias) == biased
-        assert site.mask.kind == _expected(kind, pad and "decoder.block" not in site.layer or _cross(site, pad))
+        assert site.mask.kind == _expected(kind, (pad and "decoder.block" not in site.layer) or _cross(site, pad))
         if kind == "window":
             assert site.mask.window == 8
         if kind in ("causal", "window"):

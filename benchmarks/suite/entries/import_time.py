@@ -34,8 +34,6 @@ def run(size: Size, tick: Tick) -> Result:
     result = Result()
     result.figures = [Figure("whole process", name, "wall time", "s", taken[name], floor) for name in cases]
     result.figures[2] = Figure("whole process", HELP, "wall time", "s", taken[HELP], floor, Goal("<=", 0.5))
-    result.figures.append(
-        Figure("over a bare interpreter", IMPORT, "wall time", "s", over, goal=Goal("<=", 0.1))
-    )
+    result.figures.append(Figure("over a bare interpreter", IMPORT, "wall time", "s", over, goal=Goal("<=", 0.1)))
     result.notes.append(NOTE)
     return result

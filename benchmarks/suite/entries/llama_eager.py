@@ -15,6 +15,4 @@ if TYPE_CHECKING:
 
 def run(size: Size, tick: Tick) -> Result:
     layers = size["layers"]
-    return compare(
-        lambda name: Logits(size, name, layers), token_ids(size), size, layers, Goal(">=", 1.8), tick
-    )
+    return compare(lambda name: Logits(size, name, layers), token_ids(size), size, layers, Goal(">=", 1.8), tick)
