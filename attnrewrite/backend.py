@@ -157,9 +157,14 @@ class Backend:
         return self.strict or self.config.variant != "sdpa" or has_markers(gm)
 
     def _deliver(self, report: Report) -> None:
-        log.info("%(sites)d attentions: %(rewritten)d rewritten, %(matched)d left as they are, %(rejected)d rejected", report.summary)
+        log.info(
+            "%(sites)d attentions: %(rewritten)d rewritten, %(matched)d left as they are, %(rejected)d rejected",
+            report.summary,
+        )
         for site in report.sites:
-            log.debug("%s %s %s %s", site.layer, site.source, site.status, [(r.code, r.detail) for r in site.rejections])
+            log.debug(
+                "%s %s %s %s", site.layer, site.source, site.status, [(r.code, r.detail) for r in site.rejections]
+            )
         if self.report is None:
             return
         if callable(self.report):

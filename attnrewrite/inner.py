@@ -28,5 +28,4 @@ def compile_inner(inner: str, mode: str, gm: fx.GraphModule, example_inputs: Seq
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(mode)
-    compiled = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return cast("Callable[..., Any]", compiled)
+    return cast("Callable[..., Any]", compile_fx(gm, list(example_inputs), config_patches=patches))

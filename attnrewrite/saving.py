@@ -44,10 +44,11 @@ def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool
     """
     conversion = _conversion(model)
     with _new_folder(Path(path), overwrite) as folder:
-        if hasattr(model, "save_pretrained"):
+        save = getattr(model, "save_pretrained", None)
+        if callable(save):
             added = {name for name, _ in new_parameters(model)}
             base = {key: value for key, value in model.state_dict().items() if key not in added}
-            model.save_pretrained(folder, state_dict=base)
+            save(folder, state_dict=base)
         _write(model, conversion, folder)
     return Path(path)
 

@@ -104,8 +104,8 @@ class Attention:
 
     Axes: ``batch`` (B), ``kv_heads`` and ``groups`` (H = Hkv · G), ``rows`` (query positions, L), ``cols`` (key
     positions, S), ``inner`` (D), ``outer`` (Dv). ``query_first`` and ``probs_first`` say which operand of the two
-    contractions is the query and the probabilities. ``region`` lists (role, node) of every node between the operands and
-    the output, with layouts in ``layouts``.
+    contractions is the query and the probabilities. ``region`` maps (role, node) to the node's layout, for every node
+    between the operands and the output.
     """
 
     layer: str

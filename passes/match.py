@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import math
 from dataclasses import dataclass, field
 
 from attnrewrite.passes import scores as score_form
@@ -198,7 +199,7 @@ def _grouped(heads: Symbol, kv_heads: object) -> Dim:
 def _fused_scale(anchor: fx.Node, width: object) -> float:
     scale = anchor.kwargs.get("scale")
     if scale is None:
-        return float(str(width)) ** -0.5
+        return 1.0 / math.sqrt(float(str(width)))
     number = constant(scale)
     return 1.0 if number is None else number
 

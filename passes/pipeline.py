@@ -47,7 +47,7 @@ class Pipeline:
         return report, found
 
     def check(self, capture: Capture, found: Found, report: Report) -> None:
-        """Say for every proved site what is wanted there, by its marker or the plan, and whether the variant covers it."""
+        """Say for every proved site what is wanted, by its marker or the plan, and whether the variant covers it."""
         markers = marker_pass.find(capture)
         for site, row in zip(found.attentions, report.sites, strict=False):
             request = request_for(site, markers, self.plan)

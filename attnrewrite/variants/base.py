@@ -99,7 +99,9 @@ def register_variant(info: VariantInfo, rule: object | None = None) -> None:
     if rule is not None:
         RULES[info.name] = typing.cast("typing.Any", rule)
     if info.name not in RULES:
-        raise error("AR314", f"{info.name!r} has no rule", hint="pass rule=, an object like those in attnrewrite.passes.rules")
+        raise error(
+            "AR314", f"{info.name!r} has no rule", hint="pass rule=, an object like those in attnrewrite.passes.rules"
+        )
     _REGISTRY[info.name] = info
 
 

@@ -19,7 +19,7 @@ class SdpaRule:
     variant = "sdpa"
 
     def check(self, site: Attention, request: Request) -> None:
-        """Refuse active dropout (AR206), what the fused operator cannot compute (AR401), and what is fused already (AR404)."""
+        """Refuse active dropout (AR206), what no fused operator computes (AR401), and what is fused (AR404)."""
         if site.dropout > 0:
             raise Reject("AR206", f"the attention weights pass through dropout with p = {site.dropout:g}", site.output)
         if site.scores.softcap is not None:
