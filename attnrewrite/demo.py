@@ -42,7 +42,7 @@ class DemoOptions:
     seq_len: int = 256
     gate_rate: float = 5e-3
     gain_rate: float = 5e-3
-    new_tokens: int = 32
+    new_tokens: int = 24
 
 
 @dataclass(frozen=True)
