@@ -6,8 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from attnrewrite.kernels.diagnostics import error
 from torch import Tensor
+
+from attnrewrite.kernels.diagnostics import error
 
 
 def visible(

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attnrewrite.passes.capture import Capture
 from torch import fx
+
+from attnrewrite.passes.capture import Capture
 
 
 @dataclass

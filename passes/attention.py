@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import fx
+
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS
 from attnrewrite.passes.axes import Dim, Layout, Symbol, flat, size_of, symbols
 from attnrewrite.passes.report import Mask, Rejection
-from torch import fx
 
 Role = Literal["query", "key", "value", "scores", "probs"]
 EmptyRow = Literal["zero", "nan", "uniform"]

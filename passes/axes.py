@@ -13,9 +13,10 @@ from math import prod
 from typing import Any
 
 import torch
-from attnrewrite.passes.graph import argument, op, shape, tensor
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnrewrite.passes.graph import argument, op, shape, tensor
 
 Size = Any
 """An int or a SymInt."""

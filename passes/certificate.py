@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils._pytree import tree_map
+
 from attnrewrite.passes.attention import Attention, Role, Scores, Term
 from attnrewrite.passes.axes import ALIASES, RESHAPES, Layout, Symbol, arrange, flat, small_shape
 from attnrewrite.passes.graph import is_node, op, shape
 from attnrewrite.passes.scores import constant
-from torch import fx
-from torch.utils._pytree import tree_map
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _TOLERANCE = 1e-9

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import fx
+
 from attnrewrite.passes.attention import Reject
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, same
 from attnrewrite.passes.graph import is_node, op, shape
-from torch import fx
 
 
 @dataclass

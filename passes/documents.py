@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import fx
+
 from attnrewrite.passes.attention import Leaf
 from attnrewrite.passes.axes import Dim, broadcast, flat, symbols
 from attnrewrite.passes.graph import argument, is_node, op
 from attnrewrite.passes.scores import constant
-from torch import fx
 
 IsRange = Callable[[fx.Node], bool]
 

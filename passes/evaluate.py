@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from attnrewrite.passes.capture import Capture
-from attnrewrite.passes.graph import op
 from torch import fx
 from torch.utils._pytree import tree_map
+
+from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.graph import op
 
 _METADATA_ONLY = {
     "new_ones",

@@ -8,15 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
 from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.axes import ALIASES
 from attnrewrite.passes.certificate import fingerprint
 from attnrewrite.passes.graph import is_node, op
 from attnrewrite.passes.rules.base import Request, Rule
 from attnrewrite.passes.site import SiteTensors, nodes_read
-from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 _MOVES = {"transpose", "permute", "unsqueeze", "squeeze", "alias", "slice", "t"}
 _STRIDED = {"view", "_unsafe_view", "as_strided", "view_as", "view_as_complex"}

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.graph import layer_path
 from attnrewrite.passes.rules.base import Request
-from torch import fx
 
 
 @torch.library.custom_op("attnrewrite::enter", mutates_args=())

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+
 from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
 from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, same, size_of, symbols
 from attnrewrite.passes.capture import Capture
@@ -20,7 +22,6 @@ from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
 from attnrewrite.passes.graph import is_node, op, tensor
 from attnrewrite.passes.report import Mask
 from attnrewrite.passes.scores import constant
-from torch import fx
 
 NEGLIGIBLE = -1e9
 """Scores at or below this count as invisible: exp(score - max) is exactly 0 unless a whole row is."""

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from torch import fx
+
 from attnrewrite.passes import scores as score_form
 from attnrewrite.passes.attention import Attention, Operand, Reject, Role, Scores, Term
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, fresh, symbols
@@ -19,7 +21,6 @@ from attnrewrite.passes.regions import check_regions
 from attnrewrite.passes.report import Rejection
 from attnrewrite.passes.roles import Roles, tell_roles
 from attnrewrite.passes.scores import constant
-from torch import fx
 
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
 FUSED = {"scaled_dot_product_attention"}

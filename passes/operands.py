@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from attnrewrite.passes.attention import Operand, Role, Scores
 from attnrewrite.passes.axes import AxisError, Layout, backward, flat
 from attnrewrite.passes.graph import is_node, op, shape
 from attnrewrite.passes.scores import constant
-from torch import fx
 
 
 def peel(

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import fx
+
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
 from attnrewrite.passes import markers as marker_pass
 from attnrewrite.passes.attention import Attention, Reject
@@ -20,7 +22,6 @@ from attnrewrite.passes.report import Rejection, Report, Site
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.select import Plan, request_for
-from torch import fx
 
 LEFT_AS_IT_IS = ("AR401", "AR404")
 """Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""

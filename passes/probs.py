@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from attnrewrite.passes.attention import Operand, Reject, Role
 from attnrewrite.passes.axes import AxisError, Dim, Layout, forward
 from attnrewrite.passes.contract import from_operand
 from attnrewrite.passes.graph import argument, op
 from attnrewrite.passes.scores import CONTRACTIONS, constant
-from torch import fx
 
 
 @dataclass

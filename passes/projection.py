@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from torch import fx
+
 from attnrewrite.passes.attention import Attention, Operand, Reject
 from attnrewrite.passes.axes import (
     AxisError,
@@ -18,7 +20,6 @@ from attnrewrite.passes.axes import (
     symbols,
 )
 from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
-from torch import fx
 
 _LINEAR = {"linear", "addmm", "mm", "matmul"}
 _ELEMENTWISE = {

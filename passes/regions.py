@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from torch import fx
+
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.axes import ALIASES, RESHAPES
 from attnrewrite.passes.graph import is_node, op
-from torch import fx
 
 _VIEWS = (
     RESHAPES

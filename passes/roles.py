@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import fx
+
 from attnrewrite.passes.attention import Operand
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, flat, forward, symbols
-from torch import fx
 
 
 @dataclass

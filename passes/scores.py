@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import fx
+
 from attnrewrite.passes.attention import Reject, Role, Scores, Term
 from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, symbols
 from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
-from torch import fx
 
 CONTRACTIONS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
 _CASTS = {"to", "_to_copy", "type_as", "float"}

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
+
 from attnrewrite.passes.attention import Attention, Leaf, Term
 from attnrewrite.passes.axes import Layout, Symbol, arrange, flat, prod_of, size_of
-from torch import fx
 
 
 def nodes_read(site: Attention) -> list[fx.Node]:

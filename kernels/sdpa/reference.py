@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from attnrewrite.kernels.visibility import (
     accumulation_dtype,
     additive,
@@ -13,7 +15,6 @@ from attnrewrite.kernels.visibility import (
     repeat_kv,
     visible,
 )
-from torch import Tensor
 
 
 def attention(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax, weighted_values
 from attnrewrite.kernels.visibility import check_attention, four_dimensional, full_precision, visible
-from torch import Tensor
 
 
 def selective_attention(

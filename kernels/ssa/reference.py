@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.visibility import accumulation_dtype, check_attention, check_broadcast, check_shape
-from torch import Tensor
 
 
 def temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, positions: Tensor) -> Tensor:

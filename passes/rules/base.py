@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import fx
+
 from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.site import SiteTensors
-from torch import fx
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import fx
+
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.masks import NEGLIGIBLE
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.site import SiteTensors
-from torch import fx
 
 
 class SdpaRule:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import fx
+
 from attnrewrite.kernels.selective.reference import selective_attention
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
 from attnrewrite.passes.site import SiteTensors, same_length
-from torch import fx
 
 
 class SelectiveRule:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import fx
+
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.projection import query_projection
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
 from attnrewrite.passes.site import SiteTensors
-from torch import fx
 
 
 class SSARule:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.passes.report import Report
 from oracle import assert_as_good, exact, run
 from spellings import WIDTH, GraphBreak, NanoGPT
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import attnrewrite
 from attnrewrite import AttnRewriteError, AttnRewriteWarning, Backend, SelectiveConfig, SSAConfig
 from attnrewrite.functional import selective_attention
+from attnrewrite.passes.report import Report
 
 X = torch.randn(2, 13, WIDTH, generator=torch.Generator().manual_seed(0))
 

@@ -6,11 +6,11 @@ import sys
 import click
 import pytest
 import torch
-from attnrewrite.kernels.diagnostics import error
 from tiny import llama_folder, llama_gguf
 
 from attnrewrite.cli import VERBS, cli, main
 from attnrewrite.errors import DIAGNOSTICS
+from attnrewrite.kernels.diagnostics import error
 from attnrewrite.variants import SSAConfig
 
 

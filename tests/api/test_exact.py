@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from attnrewrite.passes.report import Report
 from families import FAMILIES, Family, build, padded
 from oracle import assert_as_good, exact, run
 
 from attnrewrite import Backend
+from attnrewrite.passes.report import Report
 
 CASES = [
     pytest.param(family, impl, pad, dtype, id=f"{family.name}-{impl}-{'padded' if pad else 'whole'}-{name}")

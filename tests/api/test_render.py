@@ -3,9 +3,9 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from attnrewrite.passes.report import Mask, Rejection, Report, Site
 from rich.console import Console
 
+from attnrewrite.passes.report import Mask, Rejection, Report, Site
 from attnrewrite.render.html import html_view, write_html, write_text
 from attnrewrite.render.rows import fold_paths, mask_text, rows
 from attnrewrite.render.text import text_view

@@ -4,12 +4,12 @@ import inspect
 
 import pytest
 import torch
-from attnrewrite.kernels.sdpa import reference as sdpa
-from attnrewrite.kernels.selective import reference as selective
-from attnrewrite.kernels.ssa import reference as ssa
 
 import attnrewrite
 from attnrewrite import functional
+from attnrewrite.kernels.sdpa import reference as sdpa
+from attnrewrite.kernels.selective import reference as selective
+from attnrewrite.kernels.ssa import reference as ssa
 
 SDPA_ORDER = ["attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "window"]
 

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from attnrewrite.kernels.diagnostics import LoweringError
 from attnrewrite.kernels.sdpa.reference import attention, attention_logits, eager_attention, masked_softmax
 from attnrewrite.kernels.visibility import repeat_kv, visible
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.passes.axes import AxisError, Layout, Symbol, arrange, flat, reshape, symbols
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from attnrewrite.passes.axes import AxisError, Layout, Symbol, arrange, flat, reshape, symbols
 
 
 def layout(*sizes: int) -> Layout:

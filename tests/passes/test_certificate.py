@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attnrewrite.passes.attention import Attention
-from attnrewrite.passes.certificate import Prover
-from attnrewrite.passes.match import match
 from families import FAMILIES, build, padded
 from spellings import FoldedHeads, GroupedEinsum, LearnedScale, NanoGPT
 from torch import nn
 
 from attnrewrite.explanation import capture_model
+from attnrewrite.passes.attention import Attention
+from attnrewrite.passes.certificate import Prover
+from attnrewrite.passes.match import match
 
 
 def alpha(site: Attention) -> None:
@@ -95,9 +95,8 @@ def test_every_mutant_is_refused(name: str, mutate: Callable[[Attention], None])
 
 
 def test_a_failed_certificate_rejects_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnrewrite.passes import match as module
-
     import attnrewrite
+    from attnrewrite.passes import match as module
 
     honest = module._match
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.passes.masks import name_grid
-from attnrewrite.passes.report import Mask, Site
 from torch import Tensor, nn
 
 import attnrewrite
+from attnrewrite.passes.masks import name_grid
+from attnrewrite.passes.report import Mask, Site
 
 T = 13
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from attnrewrite.passes.capture import Capture, from_dynamo
-from attnrewrite.passes.pipeline import Pipeline
-from attnrewrite.passes.report import Report
 from families import FAMILIES, HEAD_DIM, HEADS, Family, build, padded
 
 from attnrewrite.explanation import explain
+from attnrewrite.passes.capture import Capture, from_dynamo
+from attnrewrite.passes.pipeline import Pipeline
+from attnrewrite.passes.report import Report
 
 CASES = [
     pytest.param(family, impl, pad, id=f"{family.name}-{impl}-{'padded' if pad else 'whole'}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attnrewrite.passes.report import Report
 from spellings import WIDTH, NanoGPT
 from torch import Tensor, nn
 
 import attnrewrite
+from attnrewrite.passes.report import Report
 
 
 class Base(nn.Module):

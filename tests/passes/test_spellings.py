@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from attnrewrite.passes.report import Report
 from oracle import assert_as_good, exact, run
 from spellings import HEADS, SPELLINGS, WIDTH, MultiheadAttention
 from torch import nn
 
 import attnrewrite
+from attnrewrite.passes.report import Report
 
 MODULES = [pytest.param(cls, kind, heads, id=cls.__name__) for cls, kind, heads in SPELLINGS] + [
     pytest.param(lambda w=w, m=m: MultiheadAttention(w, m), m, HEADS, id=f"MultiheadAttention-{w}-{m}")

@@ -24,9 +24,8 @@ NOTE = (
 
 
 def run(size: Size, tick: Tick) -> Result:
-    from attnrewrite.passes.match import match
-
     from attnrewrite.explanation import capture_model
+    from attnrewrite.passes.match import match
 
     captures: dict[str, Any] = {}
     for step, (layers, length) in enumerate(size["shapes"]):
