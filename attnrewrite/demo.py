@@ -37,7 +37,7 @@ Listener = Callable[[str, int, int], None]
 class DemoOptions:
     """How long to train and on strips of how many tokens; the rates are those of gates and of gains."""
 
-    steps: int = 36
+    steps: int = 24
     seed: int = 0
     seq_len: int = 256
     gate_rate: float = 5e-3

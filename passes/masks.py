@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
-from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, same, size_of, symbols
+from attnrewrite.passes.axes import ALIASES, AxisError, Dim, Layout, backward, broadcast, flat, same, size_of, symbols
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.documents import split_documents
 from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
@@ -140,14 +140,24 @@ class MaskReader:
         return found
 
     def _addends(self, term: Term) -> list[Term]:
-        """Split a bias that is itself a sum, such as a position bias plus a mask."""
-        node = term.node
-        if term.kind == "add" and op(node) == "add" and not self.evaluator.is_static(node):
+        """Split an additive term that is a sum, or a bias where visible and a fill elsewhere, into its parts."""
+        if term.kind != "add" or self.evaluator.is_static(term.node):
+            return [term]
+        node, layout = term.node, term.layout
+        while op(node) in ALIASES and (moved := backward(layout, node)) is not None:
+            node, layout = moved
+        split: list[Term] = []
+        if op(node) == "add" and constant(node.kwargs.get("alpha", 1)) == 1:
             parts = [part for part in node.args[:2] if is_node(part)]
-            if len(parts) == 2 and constant(node.kwargs.get("alpha", 1)) == 1:
-                split = [Term("add", part, broadcast(term.layout, part), term.weight) for part in parts]
-                return [leaf for part in split for leaf in self._addends(part)]
-        return [term]
+            split = [Term("add", part, broadcast(layout, part), term.weight) for part in parts]
+        elif op(node) == "where" and self._selection(node, layout) is None:
+            condition, bias, fill = node.args[0], node.args[1], constant(node.args[2])
+            if is_node(condition) and is_node(bias) and fill is not None and fill * term.weight <= NEGLIGIBLE:
+                hidden = Term("fill", condition, broadcast(layout, condition), value=fill * term.weight, when=False)
+                split = [Term("add", bias, broadcast(layout, bias), term.weight), hidden]
+        if len(split) != 2:
+            return [term]
+        return [leaf for part in split for leaf in self._addends(part)]
 
     def _static_value(self, node: fx.Node) -> torch.Tensor | None:
         try:
