@@ -142,6 +142,13 @@ _ALL = [
         "This function needs an optional package that is not installed.",
         "install the extra named above",
     ),
+    Diagnostic(
+        "AR107",
+        "graph under a torch.func transform",
+        "The graph calls vmap, grad or another transform of torch.func. Such a graph cannot be traced once more into "
+        "operators: what the transform wraps would become a constant.",
+        "compile the module inside the transform, or write the batch dimension out",
+    ),
     # AR2xx: match and proof
     Diagnostic(
         "AR201",

@@ -11,6 +11,10 @@ from torch import fx
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS
 from attnrewrite.passes.axes import Dim, Layout, Symbol, flat, size_of, symbols
 from attnrewrite.passes.report import Mask, Rejection
+from attnrewrite.passes.softmax import Softmax
+
+NEGLIGIBLE = -1e9
+"""Scores at or below this count as invisible: exp(score - max) is exactly 0 unless a whole row is."""
 
 Role = Literal["query", "key", "value", "scores", "probs"]
 EmptyRow = Literal["zero", "nan", "uniform"]
@@ -44,12 +48,27 @@ class Term:
     when: bool = True
 
 
+@dataclass(frozen=True)
+class Sink:
+    """A further column of scores, ``node`` [.., 1], that takes weight and gives no value.
+
+    ``wide`` is the softmax's axis with the column, ``cols`` the keys alone; ``last`` says on which side it stands.
+    """
+
+    node: fx.Node
+    layout: Layout
+    wide: Dim
+    cols: Dim
+    last: bool
+
+
 @dataclass
 class Scores:
-    """Affine normal form: ``softcap(alpha · ⟨q, k⟩ · Π factors)``, then ``terms`` in order.
+    """Affine normal form: ``softcap(alpha · ⟨q, k⟩ · Π factors)``, then ``terms`` in order, ``floor``, ``sink``.
 
     ``factors`` are tensors that scale the product and do not depend on the key index, with their layouts and whether
-    they divide. ``is_causal`` is the fused operator's flag: key j is visible to query i only if j <= i.
+    they divide. ``is_causal`` is the fused operator's flag: key j is visible to query i only if j <= i. ``floor`` is a
+    number that scores are lifted to. ``shifts`` are terms that do not depend on the key: they cancel in the softmax.
     """
 
     contraction: fx.Node
@@ -58,6 +77,9 @@ class Scores:
     softcap: float | None = None
     terms: list[Term] = field(default_factory=list)
     is_causal: bool = False
+    floor: float | None = None
+    sink: Sink | None = None
+    shifts: list[tuple[fx.Node, Layout]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,15 @@ class Leaf:
     layout: Layout
     polarity: bool
     threshold: float | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A factor on the attention weights that does not depend on the key: it scales the output."""
+
+    node: fx.Node
+    layout: Layout
+    divide: bool
 
 
 @dataclass
@@ -129,6 +160,9 @@ class Attention:
     query_first: bool = True
     probs_first: bool = True
     dropout: float = 0.0
+    gates: list[Gate] = field(default_factory=list)
+    guarded: bool = False
+    softmax: Softmax | None = None
     region: dict[tuple[Role, fx.Node], Layout] = field(default_factory=dict)
     spelling: list[str] = field(default_factory=list)
 

@@ -132,7 +132,7 @@ def _take(line: list[Symbol], taken: list[Symbol], size: Size) -> Symbol:
     symbol = line.pop(0)
     if hint(have * symbol.size) <= hint(size):
         return symbol
-    outer = size // have if isinstance(size, int) and isinstance(have, int) else _divide(size, have)
+    outer = _divide(size, have)
     inner = symbol.size // outer
     if not same(outer * inner, symbol.size):
         raise AxisError(f"{symbol} cannot be split by {size}")

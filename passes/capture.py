@@ -20,6 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.passes import fastpath
+from attnrewrite.passes.constants import NUMBER
+from attnrewrite.passes.graph import WEIGHT, is_weight, source_line
+
 Entry = Literal["dynamo", "export"]
 
 _CONTEXT = "_checkpoint_context_fn"
@@ -65,6 +70,7 @@ def _body_arguments(node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Trace a Dynamo graph again into pre-dispatch ATen; placeholders keep their order."""
+    _check_transforms(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
     fakes = [node.meta["example_value"] for node in placeholders]
     mode = _fake_mode(fakes)
@@ -84,23 +90,40 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
         new.meta.setdefault("val", old.meta["example_value"])
         if isinstance(real, torch.Tensor) and _is_buffer(old, real):
             capture.buffers[new] = real
-    _bind(capture)
+        if new in capture.buffers or isinstance(real, torch.nn.Parameter):
+            new.meta[WEIGHT] = True
+    _prepare(capture)
     return capture
 
 
 def from_program(program: torch.export.ExportedProgram) -> Capture:
-    """Take the graph of an exported program; nothing is traced again."""
-    capture = Capture(program.graph_module, "export")
+    """Take a copy of the graph of an exported program; nothing is traced again."""
+    places: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, places))
+    capture = Capture(fx.GraphModule(program.graph_module, graph), "export")
     signature = program.graph_signature
     held = {**program.state_dict, **program.constants}
     mutated = set(signature.buffers_to_mutate.values())
     targets = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
-    for node in program.graph_module.graph.find_nodes(op="placeholder"):
-        target = targets.get(node.name)
+    for given in program.graph.find_nodes(op="placeholder"):
+        node, target = places[given], targets.get(given.name)
+        if target is not None or given.name in signature.inputs_to_parameters:
+            node.meta[WEIGHT] = True
+        lifted = held.get(signature.inputs_to_lifted_tensor_constants.get(given.name, ""))
+        if isinstance(lifted, torch.Tensor) and lifted.numel() == 1:
+            node.meta[NUMBER] = float(lifted)
         if target is not None and target not in mutated and isinstance(held.get(target), torch.Tensor):
             capture.buffers[node] = held[target]
-    _bind(capture)
+    _prepare(capture)
     return capture
+
+
+def _check_transforms(gm: fx.GraphModule) -> None:
+    """Refuse vmap, grad and their kin: traced again, what they wrap would become a constant."""
+    for node in gm.graph.nodes:
+        if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
+            raise error("AR107", f"the graph calls {node.target.__name__}", source=source_line(node))
 
 
 def _fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
@@ -154,12 +177,35 @@ def _forget_contexts(module: fx.GraphModule) -> None:
             inner.meta.pop(_CONTEXT)  # type: ignore[union-attr, operator]  # a GraphModule: it has meta
 
 
-def _bind(capture: Capture) -> None:
-    """Connect the placeholders of bodies to what the outer graphs pass: the arguments behind the body."""
+def _read_after_write(graph: fx.Graph) -> None:
+    """Let what is read after a write in place be read from the write's result: it is the same memory.
+
+    ``scores.masked_fill_(mask, x)`` as a statement of its own leaves ``scores`` the old node, with new values.
+    """
+    order = {node: n for n, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        base = node.args[0] if node.args else None
+        if schema is None or not isinstance(base, fx.Node) or not schema.returns or not schema.arguments:
+            continue
+        written, returned = schema.arguments[0].alias_info, schema.returns[0].alias_info
+        if written is not None and written.is_write and returned is not None and returned.is_write:
+            for user in [user for user in base.users if order[user] > order[node]]:
+                user.replace_input_with(base, node)
+
+
+def _prepare(capture: Capture) -> None:
+    """Bring every graph into the form that the matcher reads.
+
+    The placeholders of bodies are connected to what the outer graphs pass: the arguments behind the body.
+    """
     for module in capture.graphs():
+        fastpath.expand(module)
+        _read_after_write(module.graph)
         for call in module.graph.nodes:
             for position, body in _body_arguments(call):
                 placeholders = body.graph.find_nodes(op="placeholder")
                 for inner, value in zip(placeholders, call.args[position + 1 :], strict=False):
                     if isinstance(value, fx.Node):
                         capture.bindings[inner] = value
+                        inner.meta |= {WEIGHT: True} if is_weight(value) else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,9 @@ from torch import fx
 
 from attnrewrite.passes.attention import Reject
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, same
-from attnrewrite.passes.graph import is_node, op, shape
+from attnrewrite.passes.graph import is_node, is_weight, op, shape
+
+CONTRACTIONS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
 
 
 @dataclass
@@ -35,6 +38,15 @@ def operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     if len(found) != 2:
         raise Reject("AR203", "a contraction of other than two tensors", node)
     return found[0], found[1]
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a contraction multiplies two computed values (not a value and a weight of the model)."""
+    try:
+        pair = operands(node)
+    except Reject:
+        return False
+    return not any(is_weight(x) for x in pair)
 
 
 def from_result(node: fx.Node, layout: Layout, name: str) -> Contraction:
@@ -115,9 +127,23 @@ def _letters(term: str, known: dict[str, Dim]) -> Layout:
 
 
 def _equation(node: fx.Node) -> tuple[str, str, str]:
+    """Return the letters of both operands and of the result, an ellipsis written out."""
     equation = str(node.args[0]).replace(" ", "")
     inputs, arrow, result = equation.partition("->")
     first, comma, second = inputs.partition(",")
-    if "." in equation or not comma or not arrow or len(set(first)) != len(first) or len(set(second)) != len(second):
-        raise Reject("AR203", f"einsum equation {equation!r}", node)
-    return first, second, result
+    if comma and arrow and "," not in second:
+        terms = _without_ellipsis((first, second, result), operands(node))
+        if all(len(set(term)) == len(term) for term in terms):
+            return terms
+    raise Reject("AR203", f"einsum equation {equation!r}", node)
+
+
+def _without_ellipsis(terms: tuple[str, str, str], pair: tuple[fx.Node, fx.Node]) -> tuple[str, str, str]:
+    used = set("".join(terms))
+    spare = "".join(x for x in string.ascii_letters if x not in used)
+    counts = [len(shape(x)) - len(term.replace("...", "")) for term, x in zip(terms[:2], pair, strict=True)]
+    widest = max(n if "..." in term else 0 for n, term in zip(counts, terms[:2], strict=True))
+    first, second = (
+        term.replace("...", spare[widest - n : widest] if n else "") for n, term in zip(counts, terms[:2], strict=True)
+    )
+    return first, second, terms[2].replace("...", spare[:widest])

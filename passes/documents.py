@@ -13,8 +13,8 @@ from torch import fx
 
 from attnrewrite.passes.attention import Leaf
 from attnrewrite.passes.axes import Dim, broadcast, flat, symbols
+from attnrewrite.passes.constants import constant
 from attnrewrite.passes.graph import argument, is_node, op
-from attnrewrite.passes.scores import constant
 
 IsRange = Callable[[fx.Node], bool]
 

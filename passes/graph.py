@@ -31,6 +31,17 @@ def is_node(value: object) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node)
 
 
+WEIGHT = "attnrewrite_weight"
+"""Meta key of the placeholders that are the model's parameters and buffers."""
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether ``node`` is a parameter or buffer of the model, or a view of one."""
+    while op(node) in ("t", "transpose", "permute", "mT", "numpy_T", "view", "expand", "to", "_to_copy", "detach"):
+        node = node.args[0]  # type: ignore[assignment]  # a tensor by schema
+    return node.op == "get_attr" or WEIGHT in node.meta
+
+
 def tensor(node: fx.Node) -> torch.Tensor | None:
     """Return the fake tensor that the node computes, or None."""
     value = node.meta.get("val")

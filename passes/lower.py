@@ -66,6 +66,7 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     order = {node: n for n, node in enumerate(nodes)}
     seen = site.visibility
     read = [site.query.node, site.key.node, site.value.node, *(n for n, _, _ in site.scores.factors)]
+    read += [gate.node for gate in site.gates]
     read += [t.node for t in [*site.scores.terms, *seen.terms, *seen.bias]]
     leaves = [(order.get(x.node), x.polarity, x.threshold) for x in [*seen.padding, *seen.dense, *seen.documents]]
     values = [(v.dtype, v.shape, v.stride()) if isinstance(v := n.meta["val"], torch.Tensor) else v for n in nodes]

@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.attention import Leaf, Scores, Term, Visibility
+from attnrewrite.passes.attention import NEGLIGIBLE, Leaf, Scores, Term, Visibility
 from attnrewrite.passes.axes import ALIASES, AxisError, Dim, Layout, backward, broadcast, flat, same, size_of, symbols
 from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.constants import constant
 from attnrewrite.passes.documents import split_documents
 from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
 from attnrewrite.passes.graph import is_node, op, tensor
 from attnrewrite.passes.report import Mask
-from attnrewrite.passes.scores import constant
-
-NEGLIGIBLE = -1e9
-"""Scores at or below this count as invisible: exp(score - max) is exactly 0 unless a whole row is."""
 
 _AND = {"bitwise_and", "logical_and", "__and__", "__iand__"}
 _OR = {"bitwise_or", "logical_or", "__or__", "__ior__"}
@@ -57,9 +54,11 @@ class MaskReader:
         self.evaluator = Evaluator(self.capture)
 
     def read(
-        self, graph: fx.Graph, scores: Scores, rows: Dim, cols: Dim, heads: Dim, *, sdpa: bool = False
+        self, graph: fx.Graph, scores: Scores, rows: Dim, cols: Dim, heads: Dim, *, zero: bool = False
     ) -> Visibility:
         """Split the terms of ``scores`` into masks and biases, and name the masks.
+
+        ``zero`` says that rows without visible keys give 0, whatever they are filled with.
 
         The leaves that the result holds are nodes of ``graph``, ready to be read by a rewrite.
         """
@@ -88,8 +87,10 @@ class MaskReader:
             seen.facts, fills = Mask("causal", offset=0), [-math.inf]
         if seen.documents and seen.facts.kind == "none":
             seen.facts = Mask("causal", offset=0)
+        if scores.floor is not None:
+            fills = [max(f, scores.floor) for f in fills]
         self._describe(seen, fills)
-        seen.empty_rows = "zero" if sdpa else "nan" if all(f == -math.inf for f in fills) else "uniform"
+        seen.empty_rows = "zero" if zero else "nan" if all(f == -math.inf for f in fills) else "uniform"
         return seen
 
     def _describe(self, seen: Visibility, fills: list[float]) -> None:

@@ -12,17 +12,17 @@ from attnrewrite.passes import scores as score_form
 from attnrewrite.passes.attention import Attention, Operand, Reject, Role, Scores, Term
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, fresh, symbols
 from attnrewrite.passes.capture import Capture
+from attnrewrite.passes.constants import constant
 from attnrewrite.passes.contract import Contraction, from_result
 from attnrewrite.passes.graph import argument, common_layer, is_node, op, shape, source_line
 from attnrewrite.passes.masks import MaskReader
 from attnrewrite.passes.operands import nearest, peel
-from attnrewrite.passes.probs import Mixed, follow_probs
+from attnrewrite.passes.probs import Follower, Mixed
 from attnrewrite.passes.regions import check_regions
 from attnrewrite.passes.report import Rejection
 from attnrewrite.passes.roles import Roles, tell_roles
-from attnrewrite.passes.scores import constant
+from attnrewrite.passes.softmax import Softmax, softmax_at
 
-SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "special_softmax"}
 FUSED = {"scaled_dot_product_attention"}
 
 
@@ -35,20 +35,23 @@ class Found:
     not_attention: list[Rejection] = field(default_factory=list)
 
 
-def anchors(graph: fx.Graph) -> Iterator[fx.Node]:
-    """Yield the nodes that may be the heart of an attention, in order."""
+def anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, Softmax | None]]:
+    """Yield what may be the heart of an attention, in order: softmaxes, and fused operators (with None)."""
     for node in graph.nodes:
-        if op(node) in SOFTMAX | FUSED:
-            yield node
+        if op(node) in FUSED:
+            yield node, None
+        elif (softmax := softmax_at(node)) is not None:
+            yield node, softmax
 
 
 def match(capture: Capture) -> Found:
     """Recognise every attention of every graph of ``capture``."""
     found, reader = Found(), MaskReader(capture)
     for module in capture.graphs():
-        for anchor in anchors(module.graph):
+        for anchor, softmax in anchors(module.graph):
             try:
-                found.attentions.append(_match(anchor, reader))
+                site = _from_fused(anchor, reader) if softmax is None else _from_softmax(softmax, reader)
+                found.attentions.append(site)
             except (Reject, AxisError) as error:
                 reject = error if isinstance(error, Reject) else Reject("AR203", str(error), anchor)
                 place = reject.node if reject.node is not None else anchor
@@ -60,30 +63,26 @@ def match(capture: Capture) -> Found:
     return found
 
 
-def _match(anchor: fx.Node, reader: MaskReader) -> Attention:
-    return (_from_fused if op(anchor) in FUSED else _from_softmax)(anchor, reader)
-
-
-def _from_softmax(anchor: fx.Node, reader: MaskReader) -> Attention:
-    start = anchor.args[0]
-    if not is_node(start):
-        raise Reject("AR202", "the softmax has no tensor input", anchor)
+def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
+    anchor = softmax.node
     layout = fresh(anchor, [f"x{n}" for n in range(len(shape(anchor)))])
-    axis = int(argument(anchor, 1, "dim")) % len(layout)
-    cols = layout[axis]
-    scores, walk = score_form.read(start, layout, cols)
+    scores, walk = score_form.read(softmax, layout)
     product = from_result(scores.contraction, walk.layout, "d")
-    query, key = _query_and_key(product, cols, anchor)
+    query, key = _query_and_key(product, walk.cols, anchor)
     region: dict[tuple[Role, fx.Node], Layout] = dict(walk.region)
-    mixed = follow_probs(anchor, layout, cols, region)
+    region |= {("probs", step): layout for step in softmax.steps}
+    mixed = Follower(scores, region, walk.cols).follow(anchor, layout)
+    if mixed.guard is not None:
+        mixed.guard.value = -math.inf  # a filled row gives 0 in the end: what fused operators make of -inf
     chains = {
         "query": peel("query", query, region, scores),
         "key": peel("key", key, region, scores),
         "value": peel("value", mixed.value, region, None),
     }
-    outer = tuple(s for s in symbols(mixed.layout) if s not in set(symbols(layout)))
-    axes = tell_roles(chains, product.summed, outer, cols, walk.layout, mixed.output, mixed.layout)
-    return _build(anchor, mixed, chains, scores, axes, region, reader, query.layout is product.left_layout)
+    outer = tuple(s for s in symbols(mixed.layout) if s not in set(symbols(walk.layout)))
+    axes = tell_roles(chains, product.summed, outer, walk.cols, walk.layout, mixed.output, mixed.layout)
+    query_first = query.layout is product.left_layout
+    return _build(anchor, mixed, chains, scores, axes, region, reader, query_first, softmax)
 
 
 def _query_and_key(product: Contraction, cols: Dim, anchor: fx.Node) -> tuple[Operand, Operand]:
@@ -104,10 +103,13 @@ def _build(
     region: dict[tuple[Role, fx.Node], Layout],
     reader: MaskReader,
     query_first: bool = True,
+    softmax: Softmax | None = None,
 ) -> Attention:
     heads = axes.kv_heads + axes.groups
-    fused = op(anchor) in FUSED
-    visibility = reader.read(anchor.graph, scores, axes.rows, axes.cols, heads, sdpa=fused)
+    zero = softmax is None or mixed.guard is not None or op(anchor) == "_safe_softmax"
+    visibility = reader.read(anchor.graph, scores, axes.rows, axes.cols, heads, zero=zero)
+    if mixed.no_nan and visibility.empty_rows == "nan":
+        visibility.empty_rows = "zero"
     attention = Attention(
         layer=common_layer([scores.contraction, mixed.output]),
         source=source_line(anchor),
@@ -122,6 +124,9 @@ def _build(
         query_first=query_first,
         probs_first=mixed.probs_first,
         dropout=mixed.dropout,
+        gates=mixed.gates,
+        guarded=mixed.no_nan or mixed.guard is not None,
+        softmax=softmax,
         region=region,
         **vars(axes),
     )
@@ -143,6 +148,10 @@ def _spelling(site: Attention) -> list[str]:
         tags.append("soft-cap")
     if site.scores.factors:
         tags.append("tensor scale")
+    if site.scores.sink is not None:
+        tags.append("sink")
+    if site.gates:
+        tags.append("gated weights")
     return tags
 
 

@@ -6,8 +6,8 @@ from torch import fx
 
 from attnrewrite.passes.attention import Operand, Role, Scores
 from attnrewrite.passes.axes import AxisError, Layout, backward, flat
+from attnrewrite.passes.constants import constant
 from attnrewrite.passes.graph import is_node, op, shape
-from attnrewrite.passes.scores import constant
 
 
 def peel(

@@ -5,14 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from attnrewrite.passes.attention import Attention, Reject
-from attnrewrite.passes.axes import ALIASES, RESHAPES
-from attnrewrite.passes.graph import is_node, op
-
-_VIEWS = (
-    RESHAPES
-    | (ALIASES - {"clone"})
-    | {"transpose", "permute", "t", "expand", "slice", "select", "squeeze", "unsqueeze"}
-)
+from attnrewrite.passes.graph import is_node
 
 
 def check_regions(site: Attention) -> None:
@@ -20,23 +13,17 @@ def check_regions(site: Attention) -> None:
     inside = {node for _, node in site.region} | {site.output, site.anchor, site.scores.contraction}
     read = {site.query.node, site.key.node, site.value.node, *(t.node for t in site.scores.terms)}
     roots = {_root(node) for node in read}
-    first = min(inside)
-    started = False
-    depth = 0
-    for node in site.output.graph.nodes:
-        if node is site.output:
-            if depth:
-                raise Reject("AR204", "the attention begins and ends under different modes", node)
-            return
-        started = started or node is first
-        if not started:
-            continue
+    node, depth = min(inside), 0
+    while node is not site.output:
         if _is_mode_switch(node):
             depth = _switch(node, depth, site)
         elif _written(node) is not None and (node not in inside) and _root(_written(node)) in roots | inside:
             raise Reject("AR207", f"{node} writes in place to a value that this attention reads", node)
         elif node in inside and depth:
             raise Reject("AR204", f"{node} lies in another autocast or grad-mode region", node)
+        node = node.next
+    if depth:
+        raise Reject("AR204", "the attention begins and ends under different modes", node)
 
 
 def _is_mode_switch(node: fx.Node) -> bool:
@@ -64,10 +51,14 @@ def _written(node: fx.Node) -> fx.Node | None:
 
 
 def _root(node: fx.Node | None) -> fx.Node | None:
-    """Return the value whose memory ``node`` shows."""
-    while node is not None and node.args and is_node(node.args[0]):
-        schema = getattr(node.target, "_schema", None)
-        if op(node) not in _VIEWS and not (schema is not None and schema.is_mutable):
-            break
+    """Return the value whose memory ``node`` may show: views and writes in place lead back to it."""
+    while node is not None and node.args and is_node(node.args[0]) and _may_alias(node):
         node = node.args[0]
     return node
+
+
+def _may_alias(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return getattr(node.target, "__name__", "") == "getitem"
+    return any(value.alias_info is not None for value in schema.returns)

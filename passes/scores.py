@@ -1,96 +1,82 @@
-"""Affine normal form of attention scores: from the softmax's input back to the query-key contraction.
+"""The way back from the softmax to the query-key product: every step is read, or refused.
 
-Every step is read as one of: scale, soft-cap, additive term, fill, or a move of axes. What does not fit is refused.
+A step is a scale, a soft-cap, an additive term, a fill, a floor, a sink column, a shift that cancels in the softmax, or
+a move of axes. ``normal_form`` folds the steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import fx
 
-from attnrewrite.passes.attention import Reject, Role, Scores, Term
-from attnrewrite.passes.axes import AxisError, Dim, Layout, backward, broadcast, flat, symbols
+from attnrewrite.passes.attention import NEGLIGIBLE, Reject, Role, Scores, Sink, Term
+from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, backward, broadcast, flat, same, symbols
+from attnrewrite.passes.constants import constant
+from attnrewrite.passes.contract import CONTRACTIONS, is_product
 from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
+from attnrewrite.passes.normal_form import Step, normal_form
+from attnrewrite.passes.softmax import CASTS, Softmax
 
-CONTRACTIONS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
-_CASTS = {"to", "_to_copy", "type_as", "float"}
-
-
-@dataclass
-class Step:
-    """One thing done to the scores, in the order from the softmax inwards."""
-
-    kind: Literal["scale", "factor", "tanh", "term"]
-    number: float = 1.0
-    node: fx.Node | None = None
-    layout: Layout = ()
-    divide: bool = False
-    term: Term | None = None
+NO_PRODUCT = "the softmax is not fed by a contraction of two activations"
 
 
 @dataclass
 class Walk:
-    """The path from the softmax to the contraction: steps, visited nodes with layouts, and the contraction."""
+    """The path from the softmax to the contraction.
 
+    ``cols`` is the key axis where the walk stands: it becomes shorter where a sink column is cut off. ``rigid`` says
+    that what was passed does not commute with adding the same number for all keys. ``shifts`` are such numbers.
+    """
+
+    cols: Dim
     steps: list[Step] = field(default_factory=list)
     region: dict[tuple[Role, fx.Node], Layout] = field(default_factory=dict)
     contraction: fx.Node | None = None
     layout: Layout = ()
+    sink: Sink | None = None
+    rigid: bool = False
+    shifts: list[tuple[fx.Node, Layout]] = field(default_factory=list)
 
 
-def read(start: fx.Node, layout: Layout, cols: Dim) -> tuple[Scores, Walk]:
-    """Return the normal form of the scores ``start``, whose layout is ``layout`` and whose key axis is ``cols``.
-
-    Raises Reject.
-    """
-    walk = Walk()
+def read(softmax: Softmax, layout: Layout) -> tuple[Scores, Walk]:
+    """Return the normal form of a softmax's input, whose layout is ``layout``. Raises Reject."""
+    walk, start = Walk(layout[softmax.axis]), softmax.scores
     try:
-        _walk(start, layout, cols, walk)
+        _walk(start, layout, walk)
     except AxisError as error:
         raise Reject("AR203", f"axes cannot be followed between the scores and the softmax: {error}", start) from None
     if walk.contraction is None:
-        raise Reject("AR202", "the softmax is not fed by a contraction of two activations", start)
-    return _normal_form(walk, start), walk
+        raise Reject("AR202", NO_PRODUCT, start)
+    scores = normal_form(walk.contraction, walk.steps, start)
+    scores.sink, scores.shifts = walk.sink, walk.shifts
+    return scores, walk
 
 
-def reaches_contraction(node: Any, depth: int = 24) -> bool:
+_BINARY = {"add": (0, 1), "sub": (0, 1), "mul": (0, 1), "maximum": (0, 1), "where": (1, 2)}
+_MOVES = {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "clone", "squeeze", "unsqueeze"}
+_UNARY = {"div", "tanh", "masked_fill", "expand", "alias", "clamp", "clamp_min", "max"} | _MOVES | CASTS
+
+
+def reaches_contraction(node: Any, depth: int = 32) -> bool:
     """Whether walking back from ``node`` along score-like operations arrives at a contraction of two activations."""
     while is_node(node) and depth:
         depth -= 1
         name = op(node)
         if name in CONTRACTIONS:
             return is_product(node)
-        if name in ("add", "sub"):
-            return any(reaches_contraction(arg, depth) for arg in node.args[:2])
-        if name == "where":
-            return any(reaches_contraction(arg, depth) for arg in node.args[1:3])
-        if name == "mul":
-            return any(reaches_contraction(arg, depth) for arg in node.args[:2])
-        passes = {"div", "tanh", "masked_fill", "view", "reshape", "_unsafe_view", "transpose", "permute"}
-        if name not in passes | _CASTS | {"contiguous", "clone", "squeeze", "unsqueeze", "expand", "alias"}:
+        if name in _BINARY:
+            return any(reaches_contraction(node.args[i], depth) for i in _BINARY[name])
+        if name == "cat" and isinstance(node.args[0], list | tuple):
+            return any(reaches_contraction(part, depth) for part in node.args[0])
+        if name not in _UNARY:
             return False
         node = node.args[0] if node.args else None
     return False
 
 
-def is_product(node: fx.Node) -> bool:
-    """Whether a contraction multiplies two computed values (not a value and a weight of the model)."""
-    operands = einsum_operands(node) if op(node) == "einsum" else [a for a in node.args if is_node(a)]
-    if op(node) == "baddbmm":
-        operands = operands[-2:]
-    return len(operands) == 2 and all(is_node(x) and x.op == "call_function" for x in operands)
-
-
-def einsum_operands(node: fx.Node) -> list[Any]:
-    """Return the operand nodes of an einsum."""
-    operands = node.args[1]
-    return list(operands) if isinstance(operands, list | tuple) else []
-
-
-def _walk(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> None:
+def _walk(node: fx.Node, layout: Layout, walk: Walk) -> None:
     while True:
         walk.region["scores", node] = layout
         name = op(node)
@@ -101,16 +87,14 @@ def _walk(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> None:
         moved = backward(layout, node)
         if moved is not None:
             node, layout = moved
-        elif name in _CASTS and is_node(node.args[0]):
+        elif name in CASTS and is_node(node.args[0]):
             node = node.args[0]
         elif name in _STEPS:
-            node, layout = _STEPS[name](node, layout, cols, walk)
+            node, layout = _STEPS[name](node, layout, walk)
         else:
+            reached = reaches_contraction(node.args[0] if node.args else None)
             reason = f"{node.target} stands between the scores and the softmax" if name else "not a tensor operation"
-            code = "AR203" if reaches_contraction(node.args[0] if node.args else None) else "AR202"
-            if code == "AR202":
-                reason = "the softmax is not fed by a contraction of two activations"
-            raise Reject(code, reason, node)
+            raise Reject("AR203", reason, node) if reached else Reject("AR202", NO_PRODUCT, node)
 
 
 def _choose(node: fx.Node, positions: tuple[int, int]) -> tuple[fx.Node, Any, bool]:
@@ -120,7 +104,7 @@ def _choose(node: fx.Node, positions: tuple[int, int]) -> tuple[fx.Node, Any, bo
         return a, b, False
     if is_node(b) and reaches_contraction(b):
         return b, a, True
-    raise Reject("AR202", "the softmax is not fed by a contraction of two activations", node)
+    raise Reject("AR202", NO_PRODUCT, node)
 
 
 def _inner(node: fx.Node, scores: fx.Node, layout: Layout) -> tuple[fx.Node, Layout]:
@@ -131,7 +115,7 @@ def _inner(node: fx.Node, scores: fx.Node, layout: Layout) -> tuple[fx.Node, Lay
     return scores, inner
 
 
-def _scale(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Node, Layout]:
+def _scale(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     scores, other, swapped = _choose(node, (0, 1))
     divide = op(node) == "div"
     if divide and (swapped or node.kwargs.get("rounding_mode")):
@@ -141,7 +125,7 @@ def _scale(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Nod
         walk.steps.append(Step("scale", number=1.0 / number if divide else number))
     elif is_node(other):
         where = broadcast(layout, other) if tensor(other) is not None else ()
-        if set(symbols(where)) & set(flat(cols)):
+        if set(symbols(where)) & set(flat(walk.cols)):
             raise Reject("AR203", "the scores are multiplied by a tensor that depends on the key", node)
         walk.steps.append(Step("factor", node=other, layout=where, divide=divide))
     else:
@@ -149,27 +133,46 @@ def _scale(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Nod
     return _inner(node, scores, layout)
 
 
-def _add(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Node, Layout]:
+def _add(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     scores, other, swapped = _choose(node, (0, 1))
     alpha = constant(argument(node, 2, "alpha", 1))
     if (op(node) == "sub" and swapped) or alpha is None:
         raise Reject("AR203", "the scores are subtracted from something", node)
-    sign = -1.0 if op(node) == "sub" else 1.0
     if swapped and alpha != 1:
         raise Reject("AR203", "the scores are added with a weight", node)
-    if not is_node(other):
+    if not is_node(other) or tensor(other) is None:
+        if walk.rigid:
+            raise Reject("AR203", "a number is added to the scores before a soft-cap, a floor or a sink", node)
         return _inner(node, scores, layout)  # one number for all keys cancels in the softmax
-    term = Term("add", other, broadcast(layout, other), weight=sign * alpha)
-    walk.steps.append(Step("term", term=term))
+    where = broadcast(layout, other)
+    if not walk.rigid and not set(symbols(where)) & set(flat(walk.cols)):
+        walk.shifts.append((other, where))
+    else:
+        weight = -alpha if op(node) == "sub" else alpha
+        walk.steps.append(Step("term", term=Term("add", other, where, weight=weight)))
     return _inner(node, scores, layout)
 
 
-def _tanh(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Node, Layout]:
+def _tanh(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     walk.steps.append(Step("tanh"))
+    walk.rigid = True
     return _inner(node, node.args[0], layout)  # type: ignore[arg-type]  # a tensor by schema
 
 
-def _masked_fill(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Node, Layout]:
+def _floor(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
+    """Read max(scores, lowest number), which only lifts -inf."""
+    scores, low = node.args[0], constant(argument(node, 1, "min"))
+    if op(node) in ("maximum", "max") and low is None:
+        scores, low = node.args[1] if len(node.args) > 1 else None, constant(node.args[0])
+    high = argument(node, 2, "max") if op(node) == "clamp" else None
+    if not is_node(scores) or low is None or high is not None or low > NEGLIGIBLE:
+        raise Reject("AR203", "the scores are clamped", node)
+    walk.steps.append(Step("floor", number=low))
+    walk.rigid = True
+    return _inner(node, scores, layout)
+
+
+def _masked_fill(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     scores, mask, value = node.args[0], node.args[1], constant(node.args[2])
     if value is None or not is_node(mask) or not is_node(scores):
         raise Reject("AR203", "scores are filled with a value that is no constant", node)
@@ -178,7 +181,7 @@ def _masked_fill(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[
     return _inner(node, scores, layout)
 
 
-def _where(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Node, Layout]:
+def _where(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     scores, other, swapped = _choose(node, (1, 2))
     value, mask = constant(other), node.args[0]
     if value is None or not is_node(mask):
@@ -186,6 +189,24 @@ def _where(node: fx.Node, layout: Layout, cols: Dim, walk: Walk) -> tuple[fx.Nod
     term = Term("fill", mask, broadcast(layout, mask), value=value, when=swapped)
     walk.steps.append(Step("term", term=term))
     return _inner(node, scores, layout)
+
+
+def _cat(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
+    """Cut off a sink: one further column of scores, which takes weight and gives no value."""
+    parts, dim = list(node.args[0]), int(argument(node, 1, "dim", 0)) % len(layout)  # type: ignore[arg-type]  # tensors and an int by schema
+    wide = layout[dim]
+    reached = [reaches_contraction(part) for part in parts]
+    if sum(reached) != 1:
+        raise Reject("AR203" if any(reached) else "AR202", "several score matrices are joined", node)
+    scores = parts[reached.index(True)]
+    others = [part for part in parts if part is not scores]
+    if len(others) != 1 or not same(shape(others[0])[dim], 1) or flat(wide) != flat(walk.cols) or walk.sink:
+        raise Reject("AR203", "the scores are joined with more than one further column", node)
+    walk.cols = (Symbol("j", shape(scores)[dim]),)
+    column = (*layout[:dim], (), *layout[dim + 1 :])
+    walk.sink = Sink(others[0], broadcast(column, others[0]), wide, walk.cols, last=parts[0] is scores)
+    walk.rigid = True
+    return scores, (*layout[:dim], walk.cols, *layout[dim + 1 :])
 
 
 _STEPS = {
@@ -196,6 +217,8 @@ _STEPS = {
     "tanh": _tanh,
     "masked_fill": _masked_fill,
     "where": _where,
+    "cat": _cat,
+    **dict.fromkeys(("maximum", "max", "clamp", "clamp_min"), _floor),
 }
 
 
@@ -210,72 +233,3 @@ def _baddbmm(node: fx.Node, layout: Layout, walk: Walk) -> None:
         walk.steps.append(Step("term", term=Term("add", bias, broadcast(layout, bias), weight=beta)))
     if alpha != 1:
         walk.steps.append(Step("scale", number=alpha))
-
-
-def constant(value: Any) -> float | None:
-    """Return the number that a literal, or a node that creates a filled 0-d tensor, stands for."""
-    if isinstance(value, bool):
-        return None
-    if isinstance(value, int | float):
-        return float(value)
-    if is_node(value) and tensor(value) is not None and shape(value) == ():
-        name = op(value)
-        if name in ("full", "scalar_tensor", "new_full", "full_like"):
-            return constant(value.args[0 if name == "scalar_tensor" else -1])
-        if name in ("zeros", "new_zeros", "zeros_like"):
-            return 0.0
-        if name in ("ones", "new_ones", "ones_like"):
-            return 1.0
-        if name in ("lift_fresh_copy", "lift_fresh", "clone", "detach", "to", "_to_copy"):
-            return constant(value.args[0])
-        if value.op == "get_attr":
-            return _attribute(value)
-    return None
-
-
-def _attribute(node: fx.Node) -> float | None:
-    held: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        held = getattr(held, part, None)
-    if isinstance(held, torch.Tensor) and held.numel() == 1 and type(held) is torch.Tensor:
-        return float(held)
-    return None
-
-
-def _normal_form(walk: Walk, start: fx.Node) -> Scores:
-    """Fold the steps, read from the contraction outwards."""
-    assert walk.contraction is not None
-    scores = Scores(walk.contraction)
-    after: float | None = None  # the scale found after a tanh
-    for step in reversed(walk.steps):
-        if step.kind == "scale":
-            if after is not None and not scores.terms:
-                after *= step.number
-            elif after is None:
-                scores.alpha *= step.number
-                _scale_terms(scores, step.number, start)
-            else:
-                raise Reject("AR203", "scores are scaled after soft-cap and bias", start)
-        elif step.kind == "factor":
-            if after is not None or scores.terms:
-                raise Reject("AR203", "scores are scaled by a tensor after soft-cap or bias", start)
-            assert step.node is not None
-            scores.factors.append((step.node, step.layout, step.divide))
-        elif step.kind == "tanh":
-            if after is not None or scores.terms:
-                raise Reject("AR203", "tanh is applied after a bias or a second time", start)
-            after = 1.0
-        elif step.term is not None:
-            scores.terms.append(step.term)
-    if after is not None:
-        scores.softcap = after
-        scores.alpha *= after  # c·tanh(a·x) = softcap_c(c·a·x)
-    return scores
-
-
-def _scale_terms(scores: Scores, number: float, start: fx.Node) -> None:
-    if scores.terms and number <= 0:
-        raise Reject("AR203", "masked scores are scaled by a number that is not positive", start)
-    for term in scores.terms:
-        term.weight *= number
-        term.value *= number

@@ -22,6 +22,7 @@ def nodes_read(site: Attention) -> list[fx.Node]:
     nodes = [site.query.node, site.key.node, site.value.node]
     nodes += [node for node, _, _ in site.scores.factors]
     nodes += [term.node for term in [*site.scores.terms, *seen.terms, *seen.bias]]
+    nodes += [gate.node for gate in site.gates]
     nodes += [leaf.node for leaf in [*seen.padding, *seen.dense, *seen.documents]]
     return [node for node in dict.fromkeys(nodes) if node.graph is site.output.graph]
 
@@ -92,8 +93,11 @@ class SiteTensors:
         return self._to(self.site.value.node, self.site.value.layout, self.site.value_layout)
 
     def result(self, out: torch.Tensor) -> torch.Tensor:
-        """Bring the attention's result [B, H, L, Dv] to the layout and dtype of the site's output."""
+        """Bring the attention's result [B, H, L, Dv], times its gates, to the layout and dtype of the site's output."""
         wanted = self.site.output.meta["val"].dtype
+        for gate in self.site.gates:
+            factor = self._masklike(gate.node, gate.layout)  # [B|1, H|1, L|1, 1]
+            out = out / factor if gate.divide else out * factor
         out = arrange(out, self.site.result_layout, self.site.output_layout, self.size)
         return out if out.dtype == wanted else out.to(wanted)
 
@@ -161,7 +165,9 @@ class SiteTensors:
         Finite fills become the lowest number of ``dtype``, which absorbs any score as the model's fill does.
         """
         terms, seen = self.site.scores.terms, self.site.visibility
-        if len(terms) == 1 and terms[0].kind == "fill" and (terms[0].value == float("-inf") or seen.rows_never_empty):
+        floored = self.site.scores.floor is not None and not seen.rows_never_empty
+        as_bool = (terms[0].value == float("-inf") or seen.rows_never_empty) if terms else False
+        if len(terms) == 1 and terms[0].kind == "fill" and as_bool and not floored:
             return self._condition(Leaf(terms[0].node, terms[0].layout, not terms[0].when))
         lowest = torch.finfo(dtype).min
         out: torch.Tensor | None = None
@@ -175,7 +181,7 @@ class SiteTensors:
                 hidden = value.bool() if term.when else ~value.bool()
                 base = torch.zeros_like(hidden, dtype=dtype) if out is None else out
                 out = base.masked_fill(hidden, term.value if term.value == float("-inf") else lowest)
-        return out
+        return out.clamp(min=lowest) if floored and out is not None else out
 
 
 def _narrow(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import fx
 
 from attnrewrite.kernels.sdpa.reference import attention
-from attnrewrite.passes.attention import Attention, Reject
-from attnrewrite.passes.masks import NEGLIGIBLE
+from attnrewrite.passes.attention import NEGLIGIBLE, Attention, Reject
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.site import SiteTensors
 
@@ -48,6 +47,8 @@ def exact(t: SiteTensors) -> torch.Tensor:
 
 def check_terms(site: Attention) -> None:
     """Refuse what no additive mask can express."""
+    if site.scores.sink is not None:
+        raise Reject("AR401", "torch's fused attention has no sink column", site.anchor)
     for term in site.scores.terms:
         if term.kind == "fill" and term.value > NEGLIGIBLE:
             raise Reject(

@@ -98,13 +98,13 @@ def test_a_failed_certificate_rejects_the_site(monkeypatch: pytest.MonkeyPatch) 
     import attnrewrite
     from attnrewrite.passes import match as module
 
-    honest = module._match
+    honest = module._from_softmax
 
-    def wrong(anchor: torch.fx.Node, reader: object) -> Attention:
-        site = honest(anchor, reader)  # type: ignore[arg-type]  # passed through
+    def wrong(softmax: object, reader: object) -> Attention:
+        site = honest(softmax, reader)  # type: ignore[arg-type]  # passed through
         alpha(site)
         return site
 
-    monkeypatch.setattr(module, "_match", wrong)
+    monkeypatch.setattr(module, "_from_softmax", wrong)
     (site,) = attnrewrite.explain(NanoGPT(), torch.randn(2, 13, 32)).sites
     assert (site.status, site.certificate, site.rejections[0].code) == ("rejected", "failed", "AR205")

@@ -81,13 +81,13 @@ class NoGradScores(Base):
 
 
 class WrittenLater(Base):
-    """The values are overwritten between the softmax and their use."""
+    """The queries are overwritten between their use and the attention's output."""
 
     def forward(self, x: Tensor) -> Tensor:
-        v = self.v(x)
-        weights = torch.softmax(self.scores(x), -1)
-        v.mul_(2)
-        return weights @ v
+        q = self.q(x)
+        weights = torch.softmax(q @ self.k(x).mT / WIDTH**0.5, -1)
+        q.mul_(2)
+        return weights @ self.v(x) + q
 
 
 X = torch.randn(2, 13, WIDTH)
