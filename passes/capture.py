@@ -22,8 +22,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.passes import fastpath
-from attnrewrite.passes.constants import NUMBER
-from attnrewrite.passes.graph import WEIGHT, is_weight, source_line
+from attnrewrite.passes.graph import NUMBER, WEIGHT, is_weight, source_line
 
 Entry = Literal["dynamo", "export"]
 

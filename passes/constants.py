@@ -7,13 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.graph import is_node, op, shape, tensor
+from attnrewrite.passes.graph import NUMBER, is_node, op, shape, tensor
 
 _FULL = ("full", "scalar_tensor", "new_full", "full_like")
 _ARITHMETIC = {"add", "sub", "mul", "div", "sqrt", "rsqrt", "reciprocal", "pow", "exp", "log", "neg"}
-NUMBER = "attnrewrite_number"
-"""Meta key of the placeholders that stand for one number, which the model's code holds."""
-
 _COPIES = ("lift_fresh_copy", "lift_fresh", "clone", "detach", "to", "_to_copy")
 
 

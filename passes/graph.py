@@ -35,6 +35,10 @@ WEIGHT = "attnrewrite_weight"
 """Meta key of the placeholders that are the model's parameters and buffers."""
 
 
+NUMBER = "attnrewrite_number"
+"""Meta key of the placeholders that stand for one number, which the model's code holds."""
+
+
 def is_weight(node: fx.Node) -> bool:
     """Whether ``node`` is a parameter or buffer of the model, or a view of one."""
     while op(node) in ("t", "transpose", "permute", "mT", "numpy_T", "view", "expand", "to", "_to_copy", "detach"):
@@ -61,6 +65,22 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def same_value(a: object, b: object, depth: int = 8) -> bool:
+    """Whether two nodes, or literals, compute the same by construction: equal operators on equal inputs."""
+    if a is b:
+        return True
+    if not (is_node(a) and is_node(b)) or depth == 0:
+        return not (is_node(a) or is_node(b)) and type(a) is type(b) and a == b
+    if NUMBER in a.meta or NUMBER in b.meta:
+        return bool(a.meta.get(NUMBER) == b.meta.get(NUMBER))
+    pure = isinstance(a.target, torch._ops.OpOverload) and (not a.target._schema.is_mutable or op(a) == "detach")
+    if a.target is not b.target or not pure or torch.Tag.nondeterministic_seeded in a.target.tags:  # type: ignore[union-attr]  # an operator
+        return False
+    pairs = zip([*a.args, *a.kwargs.values()], [*b.args, *b.kwargs.values()], strict=False)
+    sizes = len(a.args) == len(b.args) and a.kwargs.keys() == b.kwargs.keys()
+    return sizes and all(same_value(x, y, depth - 1) for x, y in pairs)
 
 
 def layer_path(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from attnrewrite.passes.attention import Gate, Operand, Reject, Role, Scores, Si
 from attnrewrite.passes.axes import AxisError, Dim, Layout, broadcast, flat, forward, same, symbols
 from attnrewrite.passes.constants import constant
 from attnrewrite.passes.contract import CONTRACTIONS, from_operand
-from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
+from attnrewrite.passes.graph import argument, is_node, op, same_value, shape, tensor
 
 _CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "pow", "mean", "sum"}
 
@@ -119,7 +119,9 @@ class Follower:
             kept, gone = (gone, kept) if when else (kept, gone)
         if kept is not node or constant(gone) != 0.0:
             return None
-        return next((t for t in self.scores.terms if t.kind == "fill" and t.node is mask and t.when == when), None)
+        return next(
+            (t for t in self.scores.terms if t.kind == "fill" and t.when == when and same_value(t.node, mask)), None
+        )
 
 
 def _drops_nan(user: fx.Node, node: fx.Node) -> bool:

@@ -12,18 +12,26 @@ def check_regions(site: Attention) -> None:
     """Raise Reject where the site straddles a region (AR204) or a value is written in place (AR207)."""
     inside = {node for _, node in site.region} | {site.output, site.anchor, site.scores.contraction}
     read = {site.query.node, site.key.node, site.value.node, *(t.node for t in site.scores.terms)}
-    roots = {_root(node) for node in read}
+    earliest: dict[fx.Node | None, fx.Node] = {}  # of the values that show one memory
+    for value in sorted(read | inside, reverse=True):
+        earliest[_root(value)] = value
     node, depth = min(inside), 0
     while node is not site.output:
         if _is_mode_switch(node):
             depth = _switch(node, depth, site)
-        elif _written(node) is not None and (node not in inside) and _root(_written(node)) in roots | inside:
+        elif node not in inside and _overwrites(node, earliest):
             raise Reject("AR207", f"{node} writes in place to a value that this attention reads", node)
         elif node in inside and depth:
             raise Reject("AR204", f"{node} lies in another autocast or grad-mode region", node)
         node = node.next
     if depth:
         raise Reject("AR204", "the attention begins and ends under different modes", node)
+
+
+def _overwrites(node: fx.Node, earliest: dict[fx.Node | None, fx.Node]) -> bool:
+    """Whether ``node`` writes to memory of which an earlier value is read."""
+    written = _written(node)
+    return written is not None and earliest.get(_root(written), node) < node
 
 
 def _is_mode_switch(node: fx.Node) -> bool:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from attnrewrite.passes.attention import Attention, Role
 from attnrewrite.passes.axes import ALIASES, RESHAPES, Symbol, small_shape
 from attnrewrite.passes.constants import constant
-from attnrewrite.passes.graph import argument, is_node, op, shape
+from attnrewrite.passes.graph import argument, is_node, op, same_value, shape
 
 Sizes = dict[Symbol, int]
 
@@ -147,9 +147,12 @@ class Replay:
             if self._inside(role, x):
                 return self.value(role, x)
             number = constant(x)
-            if number is None:
+            if number is not None:
+                return torch.tensor(number, dtype=torch.float64)
+            twin = next((node for node in self.inputs.nodes if same_value(node, x)), None)
+            if twin is None:
                 raise ValueError(f"{x} is not part of the site")
-            return torch.tensor(number, dtype=torch.float64)
+            return self._input(twin)
 
         args = tree_map(argument, node.args)
         kwargs = {name: x for name, x in node.kwargs.items() if name != "dtype"}  # all is float64 here

@@ -31,6 +31,10 @@ _SOFTMAX_PARTS = "sum logsumexp"
 _FOLLOWED = frozenset(re.findall(r"\w+", f"{_ELEMENTWISE} {_MOVES} {_SOFTMAX_PARTS}"))
 
 
+MAX_HEADS = 8
+"""Linear maps of at most this width may mix heads; wider ones make something new."""
+
+
 @dataclass
 class Softmax:
     """One softmax of the run: the module it ran in, and whether it became the weights of an attention."""
@@ -72,8 +76,9 @@ class AttentionTracer(TorchDispatchMode):
 
     def _product(self, pair: list[Tensor], result: Tensor) -> None:
         left, right = (_memory(x) for x in pair)
-        if left in self.weights or right in self.weights:  # a linear map, at most over heads
-            self._follow(pair, [result])
+        if left in self.weights or right in self.weights:
+            if max(min(x.shape[-2:]) for x in pair if _memory(x) in self.weights) <= MAX_HEADS:
+                self._follow(pair, [result])  # talking heads: scores or weights are mixed across heads
             return
         found = self.probs.get(left, set()) | self.probs.get(right, set())
         for index in found:
@@ -88,6 +93,8 @@ class AttentionTracer(TorchDispatchMode):
 
     def _follow(self, inputs: list[Tensor], results: list[Tensor]) -> None:
         memories = [_memory(x) for x in inputs]
+        if memories and self.weights.issuperset(memories):  # a cast or a view of a weight is one
+            self.weights |= {_memory(x) for x in results}
         probs = set().union(*(self.probs.get(m, set()) for m in memories))
         for result in results:
             if any(m in self.scores for m in memories):
