@@ -181,7 +181,8 @@ _ALL = [
         "AR205",
         "certificate failed",
         "The matched subgraph and its specification disagree in float64 on test inputs. The match is not used.",
-        "this is a defect of the recogniser: please report it with `attnrewrite explain --format json`",
+        "the site stays as it is; where it is ordinary attention on every input, please report it with "
+        "`attnrewrite explain --format json`",
     ),
     Diagnostic(
         "AR206",

@@ -21,7 +21,9 @@ from attnrewrite.passes.constants import constant
 from attnrewrite.passes.documents import split_documents
 from attnrewrite.passes.evaluate import DependsOnData, Evaluator, literals
 from attnrewrite.passes.graph import is_node, op, tensor
+from attnrewrite.passes.grids import draw, grid, name_grid
 from attnrewrite.passes.report import Mask
+from attnrewrite.passes.selection import affine_selection
 
 _AND = {"bitwise_and", "logical_and", "__and__", "__iand__"}
 _OR = {"bitwise_or", "logical_or", "__or__", "__ior__"}
@@ -189,7 +191,7 @@ class MaskReader:
             fill = constant(node.args[2])
             if fill is not None and fill < 0:
                 return Leaf(node.args[1], broadcast(layout, node.args[1]), False), fill
-        return None
+        return affine_selection(node, layout)
 
     def _filled(self, value: Any) -> float | None:
         """Return the one number that a literal or a constant tensor holds everywhere."""
@@ -207,12 +209,12 @@ class MaskReader:
         if self.evaluator.is_static(node):
             parts.static.append(leaf)
             return
-        inner = self._through(node, layout)
+        inner = self._through(node, layout) if leaf.threshold is None else None
         if inner is not None:
             self._conjuncts(Leaf(*inner, polarity), rows, heads, parts)
-        elif op(node) in _NOT and is_node(node.args[0]):
+        elif leaf.threshold is None and op(node) in _NOT and is_node(node.args[0]):
             self._conjuncts(Leaf(node.args[0], layout, not polarity), rows, heads, parts)
-        elif op(node) in (_AND if polarity else _OR):
+        elif leaf.threshold is None and op(node) in (_AND if polarity else _OR):
             for part in node.args[:2]:
                 if is_node(part):
                     self._conjuncts(Leaf(part, broadcast(layout, part), polarity), rows, heads, parts)
@@ -254,7 +256,7 @@ class MaskReader:
         grids = []
         for evaluator in self._evaluators(static, rows, cols):
             try:
-                grids.append(_grid(evaluator, static, rows, cols))
+                grids.append(grid(evaluator, static, rows, cols))
             except (DependsOnData, AxisError, RuntimeError):
                 return None
         largest = max((g for g in grids if g is not None), key=lambda g: g.numel(), default=None)
@@ -316,67 +318,3 @@ def _pattern(layout: Layout, rows: Dim, cols: Dim) -> tuple[str, ...]:
 def _is_bool(node: fx.Node) -> bool:
     value = tensor(node)
     return value is not None and value.dtype == torch.bool
-
-
-def _grid(evaluator: Evaluator, static: list[Leaf], rows: Dim, cols: Dim) -> torch.Tensor | None:
-    """Evaluate the conjunction as a bool tensor [L, S], or None where it differs between batches or heads."""
-    out: torch.Tensor | None = None
-    axes = (flat(rows), flat(cols))
-    for leaf in static:
-        value = evaluator.value(leaf.node)
-        value = value > leaf.threshold if leaf.threshold is not None else value.bool() == leaf.polarity
-        value = _to_rows_cols(value, leaf.layout, axes)
-        if value is None:
-            return None
-        out = value if out is None else out & value
-    if out is None:
-        return None
-    sizes = [int(evaluator.concrete(size_of(axis))) for axis in axes]
-    return out.expand(sizes)
-
-
-def _to_rows_cols(value: torch.Tensor, layout: Layout, axes: tuple[Dim, Dim]) -> torch.Tensor | None:
-    """Reduce other axes, which must be constant, and order the rest as [rows or 1, cols or 1]."""
-    layout = layout[len(layout) - value.dim() :]
-    for d, dim in enumerate(layout):
-        if flat(dim) in axes and dim:
-            continue
-        first = value.narrow(d, 0, 1)
-        if value.shape[d] != 1 and not bool((value == first).all()):
-            return None
-        value = first
-    positions = {flat(dim): d for d, dim in enumerate(layout) if dim}
-    row, col = positions.get(axes[0]), positions.get(axes[1])
-    keep = [d for d in (row, col) if d is not None]
-    value = value.permute([*(d for d in range(value.dim()) if d not in keep), *keep])
-    value = value.reshape([value.shape[value.dim() - len(keep) + i] for i in range(len(keep))])
-    if row is None:
-        value = value.unsqueeze(0)
-    return value.unsqueeze(-1) if col is None else value
-
-
-def draw(mask: Mask, like: torch.Tensor) -> torch.Tensor:
-    """Return the boolean grid [L, S] that a name stands for, in the size of ``like``."""
-    i = torch.arange(like.shape[0], device=like.device)[:, None]
-    j = torch.arange(like.shape[1], device=like.device)[None, :]
-    grid = torch.ones_like(like)
-    if mask.offset is not None:
-        grid = grid & (j <= i + mask.offset)
-    if mask.offset is not None and mask.window is not None:
-        grid = grid & (j > i + mask.offset - mask.window)
-    return grid
-
-
-def name_grid(visible: torch.Tensor) -> Mask | None:
-    """Name a boolean grid [L, S]: none, causal with offset, or window; None if no predicate equals it everywhere."""
-    if bool(visible.all()):
-        return Mask("none")
-    counts = visible.sum(-1)
-    if not bool(counts.any()):
-        return None
-    row = int(counts.nonzero()[0])
-    offset = int(visible[row].nonzero()[-1]) - row
-    for mask in (Mask("causal", offset=offset), Mask("window", offset=offset, window=int(counts.max()))):
-        if bool((visible == draw(mask, visible)).all()):
-            return mask
-    return None

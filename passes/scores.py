@@ -59,6 +59,9 @@ _MOVES = {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous
 _UNARY = {"div", "tanh", "masked_fill", "expand", "alias", "clamp", "clamp_min", "max"} | _MOVES | CASTS
 
 
+_MAXIMA = {"amax", "max", "detach"}
+
+
 def reaches_contraction(node: Any, depth: int = 32) -> bool:
     """Whether walking back from ``node`` along score-like operations arrives at a contraction of two activations."""
     while is_node(node) and depth:
@@ -146,11 +149,23 @@ def _add(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
         return _inner(node, scores, layout)  # one number for all keys cancels in the softmax
     where = broadcast(layout, other)
     if not walk.rigid and not set(symbols(where)) & set(flat(walk.cols)):
-        walk.shifts.append((other, where))
+        _shift(other, scores, where, walk)
     else:
         weight = -alpha if op(node) == "sub" else alpha
         walk.steps.append(Step("term", term=Term("add", other, where, weight=weight)))
     return _inner(node, scores, layout)
+
+
+def _shift(shift: fx.Node, scores: fx.Node, layout: Layout, walk: Walk) -> None:
+    """Note what is taken off all keys alike: the scores' own maximum belongs to the region, anything else is given."""
+    chain, node = list[fx.Node](), shift
+    while node is not scores:
+        if op(node) not in _MAXIMA and getattr(node.target, "__name__", "") != "getitem":
+            walk.shifts.append((shift, layout))
+            return
+        chain.append(node)
+        node = node.args[0]  # type: ignore[assignment]  # a tensor by schema
+    walk.region |= {("scores", step): layout for step in chain}
 
 
 def _tanh(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:

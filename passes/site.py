@@ -134,6 +134,12 @@ class SiteTensors:
             return grid if out is None else out
         return out & grid
 
+    def filled(self) -> torch.Tensor | None:
+        """Return which scores a fill replaces, [B|1, H|1, L|1, S|1] bool, or None where none is."""
+        fills = [term for term in self.site.visibility.terms if term.kind == "fill"]
+        kept = self._all([Leaf(term.node, term.layout, not term.when) for term in fills])
+        return None if kept is None else ~kept
+
     def grid(self) -> torch.Tensor | None:
         """Return the named part of the mask, [1, 1, L, S] bool, or None where it hides nothing."""
         facts = self.site.visibility.facts

@@ -117,19 +117,25 @@ def empty_rows(
     some = visible.any(-1, keepdim=True)  # [B|1, H|1, L|1, 1]
     if seen.empty_rows == "nan":
         return out.masked_fill(~some, float("nan"))
-    return torch.where(some, out, _uniform(t.site.scores.alpha, q, k, v))
+    return torch.where(some, out, _uniform(t, q, k, v))
 
 
-def _uniform(alpha: float, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _uniform(t: SiteTensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Attend uniformly, [B, H, L, Dv], with the gradient of softmax at equal scores.
 
-    To first order softmax(s)·v = v̄ + α q·C with C = Σ_j (k_j - k̄) v_j / S, so the second term carries the gradient to q
-    and k and takes no part in the value.
+    To first order softmax(s)·v = v̄ + α Σ_j (q·k_j) (v_j - v̄) / S: the second term carries the gradient to q and k and
+    takes no part in the value. It passes what a mask adds to, not what a mask fills: filled scores are constants.
     """
     repeats = q.shape[1] // k.shape[1]
-    mean = v.mean(-2, keepdim=True)  # [B, Hkv, 1, Dv]
-    moment = (k - k.mean(-2, keepdim=True)).mT @ v.detach() / k.shape[-2]  # [B, Hkv, D, Dv]
     if repeats > 1:
-        mean, moment = (x.repeat_interleave(repeats, 1) for x in (mean, moment))
-    slope = alpha * (q @ moment)
+        k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
+    mean = v.mean(-2, keepdim=True)  # [B, H, 1, Dv]
+    filled, added = t.filled(), any(term.kind == "add" for term in t.site.visibility.terms)
+    if not added:
+        return mean.expand(*q.shape[:-1], v.shape[-1])
+    fixed = (v - mean).detach() / v.shape[-2]
+    if filled is None:
+        slope = t.site.scores.alpha * (q @ (k.mT @ fixed))
+    else:
+        slope = t.site.scores.alpha * ((q @ k.mT).masked_fill(filled, 0.0) @ fixed)
     return mean + (slope - slope.detach())

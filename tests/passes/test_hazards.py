@@ -294,6 +294,23 @@ def test_a_sink_column_is_recognised_and_left() -> None:
     assert "sink" in site.spelling
 
 
+class LogSumExp(Attention):
+    """Rows without keys: -1e9 swallows the logarithm, and the weights sum to S."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        scores = (q @ k.mT * 0.5).masked_fill((x[..., 0] > 0)[:, None, None], -1e9)
+        weights = torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))
+        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
+
+
+def test_a_softmax_that_is_none_on_hidden_rows_fails_its_certificate() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    x[0, :, 0] = 1.0
+    (site,) = compiled_like_eager(LogSumExp(), x)
+    assert (site.status, [r.code for r in site.rejections]) == ("rejected", ["AR205"])
+
+
 class Gated(Attention):
     """A factor per head on the weights, and rows without keys set to zero."""
 
