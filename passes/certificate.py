@@ -98,7 +98,10 @@ def _random(site: Attention, sizes: Sizes, generator: torch.Generator, scale: fl
     nodes = {node: _factor(node, layout, normal) for node, layout, _ in site.scores.factors}
     nodes |= {gate.node: _factor(gate.node, gate.layout, normal) for gate in site.gates}
     nodes |= {node: normal(layout) for node, layout in site.scores.shifts}
-    nodes |= {term.node: _term_value(term, normal(term.layout), hidden) for term in site.scores.terms}
+    for term in site.scores.terms:
+        nodes[term.node] = _term_value(term, normal(term.layout), hidden)
+        if site.visibility.rows_never_empty:
+            _show_first_key(nodes[term.node], term, site)
     if site.scores.sink is not None:
         nodes[site.scores.sink.node] = normal(site.scores.sink.layout)
     return Inputs(operands, nodes)
@@ -117,6 +120,13 @@ def _term_value(term: Term, noise: torch.Tensor, hidden: float) -> torch.Tensor:
     if not dtype.is_floating_point:
         return (noise > threshold).to(dtype)
     return torch.where(noise > threshold, noise, torch.finfo(torch.float32).min)
+
+
+def _show_first_key(value: torch.Tensor, term: Term, site: Attention) -> None:
+    """Keep one key visible in every row, as the site's masks do."""
+    for axis, dim in enumerate(term.layout):
+        if flat(dim) == flat(site.cols):
+            value.select(axis, 0).fill_(not term.when if term.kind == "fill" else 1)
 
 
 def _hidden_rows(site: Attention, sizes: Sizes, generator: torch.Generator) -> Inputs:
