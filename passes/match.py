@@ -17,6 +17,7 @@ from attnrewrite.passes.contract import Contraction, from_result
 from attnrewrite.passes.graph import argument, common_layer, is_node, op, shape, source_line
 from attnrewrite.passes.masks import MaskReader
 from attnrewrite.passes.operands import nearest, peel
+from attnrewrite.passes.others import kind_of
 from attnrewrite.passes.probs import Follower, Mixed
 from attnrewrite.passes.regions import check_regions
 from attnrewrite.passes.report import Rejection
@@ -57,6 +58,7 @@ def match(capture: Capture) -> Found:
                 place = reject.node if reject.node is not None else anchor
                 row = reject.rejection(common_layer([anchor]), source_line(place) or source_line(anchor))
                 if reject.code == "AR202":
+                    row.detail = row.detail if softmax is None else f"{kind_of(softmax)} ({row.detail})"
                     found.not_attention.append(row)
                 else:
                     found.refused.append((anchor, row))

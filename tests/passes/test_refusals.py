@@ -102,12 +102,47 @@ def compiled_report(model: nn.Module, x: Tensor = X) -> Report:
     return found[0]
 
 
-@pytest.mark.parametrize("cls", [Router, Pooling, Classifier, ScoresOnly, WrongAxis])
-def test_other_softmaxes_are_reported_as_no_attention(cls: type[nn.Module]) -> None:
+class TopExperts(Base):
+    """A router as in mixtures of experts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, experts = torch.softmax(self.q(x), -1).topk(2)
+        return weights.sum(-1) + experts.sum(-1)
+
+
+class DynamicConvolution(Base):
+    """A kernel per position, from a linear map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.q(x), -1) @ self.k(x).unsqueeze(-1).expand(-1, -1, -1, WIDTH).flatten(1, 2)[:, :WIDTH]
+
+
+class LinearAttention(Base):
+    """Keys are normalised by themselves; no query-key scores exist."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) @ (torch.softmax(self.k(x), 1).mT @ self.v(x))
+
+
+@pytest.mark.parametrize(
+    ("cls", "kind"),
+    [
+        (Router, "gate or a pooling"),
+        (Pooling, "gate or a pooling"),
+        (Classifier, "classifier"),
+        (ScoresOnly, "never meet values"),
+        (WrongAxis, "never meet values"),
+        (TopExperts, "router"),
+        (DynamicConvolution, "dynamic convolution"),
+        (LinearAttention, "linear attention"),
+    ],
+)
+def test_other_softmaxes_are_reported_as_no_attention(cls: type[nn.Module], kind: str) -> None:
     report = attnrewrite.explain(cls(), X)
     assert report.sites == []
     (row,) = report.rejections
     assert row.code == "AR202"
+    assert kind in row.detail
     assert "test_refusals.py:" in row.source
 
 
