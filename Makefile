@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv; the second run finds it there.
-#   make demo   make test   make test-all   make lint   make docs   make bench   make clean
+#   make demo   make test   make test-all   make lint   make docs   make coverage   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint docs bench clean
+.PHONY: demo test test-all lint docs coverage bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -33,6 +33,10 @@ lint: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python -m attnrewrite.render.diagnostics docs/diagnostics.md
+
+# Half an hour: every family at every entry.
+coverage: $(VENV)/ready
+	PYTHONPATH=tests $(BIN)/python -P tests/census.py docs/coverage.md
 
 # Some minutes, on a machine that does nothing else; writes benchmarks/results/.
 bench: $(VENV)/ready

@@ -37,7 +37,8 @@ class Reject(Exception):  # noqa: N818  # a verdict on a match, not an error of 
 class Term:
     """One thing done to the scores after scaling and soft-cap.
 
-    ``add``: ``scores + weight * node``. ``fill``: scores become ``value`` where ``node`` is True (``when``) or False.
+    ``add``: ``scores + weight * node``. ``fill``: scores become ``value`` where ``node`` is True (``when``) or False;
+    ``zero_one`` says that the fill was written with arithmetic, for a mask of the numbers 0 and 1.
     """
 
     kind: Literal["add", "fill"]
@@ -46,6 +47,7 @@ class Term:
     weight: float = 1.0
     value: float = 0.0
     when: bool = True
+    zero_one: bool = False
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ def _term_value(term: Term, noise: torch.Tensor, hidden: float) -> torch.Tensor:
     threshold = torch.quantile(noise, hidden) if noise.numel() > 1 else noise.min() - 1
     if dtype == torch.bool:
         return (noise > threshold) if not term.when or term.kind == "add" else (noise <= threshold)
+    if term.zero_one:
+        return (noise > threshold).double()
     if not dtype.is_floating_point:
         return (noise > threshold).to(dtype)
     return torch.where(noise > threshold, noise, torch.finfo(torch.float32).min)

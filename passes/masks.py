@@ -106,6 +106,11 @@ class MaskReader:
                 facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
         seen.rows_never_empty &= not seen.padding and not seen.dense
 
+    def is_zero_one(self, node: fx.Node) -> bool:
+        """Whether a mask is known to hold nothing but the numbers 0 and 1."""
+        value = self._static_value(node)
+        return value is not None and bool(((value == 0) | (value == 1)).all())
+
     def _has_static(self, term: Term, rows: Dim, heads: Dim) -> bool:
         read = self._term(term.node.graph, term, rows, heads)
         return read is not None and bool(read[0].static)

@@ -74,6 +74,7 @@ def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
     region: dict[tuple[Role, fx.Node], Layout] = dict(walk.region)
     region |= {("probs", step): layout for step in softmax.steps}
     mixed = Follower(scores, region, walk.cols).follow(anchor, layout)
+    finite = mixed.guard is not None and mixed.guard.value != -math.inf
     if mixed.guard is not None:
         mixed.guard.value = -math.inf  # a filled row gives 0 in the end: what fused operators make of -inf
     chains = {
@@ -84,7 +85,11 @@ def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
     outer = tuple(s for s in symbols(mixed.layout) if s not in set(symbols(walk.layout)))
     axes = tell_roles(chains, product.summed, outer, walk.cols, walk.layout, mixed.output, mixed.layout)
     query_first = query.layout is product.left_layout
-    return _build(anchor, mixed, chains, scores, axes, region, reader, query_first, softmax)
+    site = _build(anchor, mixed, chains, scores, axes, region, reader, query_first, softmax)
+    if finite and not site.visibility.rows_never_empty and any(term.kind == "add" for term in scores.terms):
+        # A bias as low as the fill would share its row with keys that are zeroed afterwards.
+        raise Reject("AR203", "weights are zeroed after the softmax, beside a finite fill and a bias", anchor)
+    return site
 
 
 def _query_and_key(product: Contraction, cols: Dim, anchor: fx.Node) -> tuple[Operand, Operand]:
@@ -110,6 +115,8 @@ def _build(
     heads = axes.kv_heads + axes.groups
     zero = softmax is None or mixed.guard is not None or op(anchor) == "_safe_softmax"
     visibility = reader.read(anchor.graph, scores, axes.rows, axes.cols, heads, zero=zero)
+    if any(term.zero_one and not reader.is_zero_one(term.node) for term in scores.terms):
+        raise Reject("AR203", "the scores are multiplied by a mask that is not known to hold only 0 and 1", anchor)
     if mixed.no_nan and visibility.empty_rows == "nan":
         visibility.empty_rows = "zero"
     attention = Attention(

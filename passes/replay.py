@@ -150,9 +150,11 @@ class Replay:
             if number is not None:
                 return torch.tensor(number, dtype=torch.float64)
             twin = next((node for node in self.inputs.nodes if same_value(node, x)), None)
-            if twin is None:
+            if twin is not None:
+                return self._input(twin)
+            if x.op != "call_function":
                 raise ValueError(f"{x} is not part of the site")
-            return self._input(twin)
+            return self._call(role, x)  # computed from what the site reads
 
         args = tree_map(argument, node.args)
         kwargs = {name: x for name, x in node.kwargs.items() if name != "dtype"}  # all is float64 here

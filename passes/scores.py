@@ -17,6 +17,7 @@ from attnrewrite.passes.constants import constant
 from attnrewrite.passes.contract import CONTRACTIONS, is_product
 from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
 from attnrewrite.passes.normal_form import Step, normal_form
+from attnrewrite.passes.selection import line_over
 from attnrewrite.passes.softmax import CASTS, Softmax
 
 NO_PRODUCT = "the softmax is not fed by a contraction of two activations"
@@ -129,11 +130,22 @@ def _scale(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     elif is_node(other):
         where = broadcast(layout, other) if tensor(other) is not None else ()
         if set(symbols(where)) & set(flat(walk.cols)):
-            raise Reject("AR203", "the scores are multiplied by a tensor that depends on the key", node)
+            walk.steps.append(_kept_or_filled(node, other, where, walk))
+            return _inner(node, scores, layout)
         walk.steps.append(Step("factor", node=other, layout=where, divide=divide))
     else:
         raise Reject("AR203", "the scores are multiplied by something that is no number", node)
     return _inner(node, scores, layout)
+
+
+def _kept_or_filled(node: fx.Node, mask: fx.Node, layout: Layout, walk: Walk) -> Step:
+    """Read ``scores * mask + low * (1 - mask)``, of which the sum was the step before: a fill where the mask is 0."""
+    last = walk.steps.pop() if walk.steps else None
+    added = last.term if last is not None else None
+    line = line_over(added.node, mask) if added is not None and added.kind == "add" and added.weight == 1 else None
+    if line is None or line(1.0) != 0 or line(0.0) >= 0 or op(node) != "mul":
+        raise Reject("AR203", "the scores are multiplied by a tensor that depends on the key", node)
+    return Step("term", term=Term("fill", mask, layout, value=line(0.0), when=False, zero_one=True))
 
 
 def _add(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:

@@ -10,7 +10,7 @@ from torch import fx
 from attnrewrite.passes.attention import NEGLIGIBLE, Leaf
 from attnrewrite.passes.axes import AxisError, Layout, backward
 from attnrewrite.passes.constants import constant
-from attnrewrite.passes.graph import is_node, op, tensor
+from attnrewrite.passes.graph import is_node, op, same_value, tensor
 
 Line = Callable[[float], float]
 
@@ -31,6 +31,15 @@ def affine_selection(node: fx.Node, layout: Layout) -> tuple[Leaf, float] | None
         return (Leaf(mask, inner, False), one) if zero == 0 and one < 0 else None
     low = zero if one == 0 else one if zero == 0 else 0.0
     return (Leaf(node, layout, True, threshold=NEGLIGIBLE / 2), low) if low <= NEGLIGIBLE else None
+
+
+def line_over(node: object, mask: fx.Node) -> Line | None:
+    """Return the straight line that ``node`` is over ``mask``, or None."""
+    if same_value(node, mask):
+        return lambda x: x
+    source, step = _step(node) if is_node(node) else (None, None)
+    line = None if source is None else line_over(source, mask)
+    return None if line is None or step is None else lambda x: step(line(x))
 
 
 def _line(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout, Line] | None:
