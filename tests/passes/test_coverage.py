@@ -1,4 +1,4 @@
-"""The coverage document says what is measured: rows of it are measured again, a spread in every change, all when asked."""
+"""Rows of the coverage document are measured again: a spread of them in every change, all by `make test-all`."""
 
 from __future__ import annotations
 
