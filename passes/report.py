@@ -16,7 +16,7 @@ skipped: left out by `targets` / `exclude`."""
 
 @dataclass
 class Rejection:
-    """Why something was not rewritten: a code, the reason in one sentence, and where."""
+    """Why something was not rewritten: a code, the reason in one sentence, where, and the nearest accepted form."""
 
     code: str
     detail: str
@@ -24,10 +24,12 @@ class Rejection:
     source: str = ""
     title: str = ""
     hints: list[str] = field(default_factory=list)
+    nearest: str = ""
 
     def __post_init__(self) -> None:
         self.title = self.title or DIAGNOSTICS[self.code].title
         self.hints = self.hints or [DIAGNOSTICS[self.code].hint]
+        self.nearest = self.nearest or DIAGNOSTICS[self.code].nearest
 
 
 @dataclass
