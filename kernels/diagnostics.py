@@ -166,7 +166,7 @@ _ALL = [
         "A softmax was found, but it is not fed by a contraction of two activations, or its result is not "
         "contracted with values along the same axis: a router, a classifier, a pooling.",
         "nothing to do; the site stays as it is",
-        nearest="softmax(query @ key.mT) @ value, where both products are of two activations and share the softmax's axis",
+        nearest="softmax(query @ key.mT) @ value: both products of two activations, along one axis",
     ),
     Diagnostic(
         "AR203",

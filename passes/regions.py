@@ -12,12 +12,12 @@ def check_regions(site: Attention) -> None:
     """Raise Reject where the site straddles a region (AR204) or a value is written in place (AR207)."""
     inside = {node for _, node in site.region} | {site.output, site.anchor, site.scores.contraction}
     read = {site.query.node, site.key.node, site.value.node, *(t.node for t in site.scores.terms)}
-    roots = {_root(node) for node in read}
+    roots = {root(node) for node in read}
     node, depth = min(inside), 0
     while node is not site.output:
         if _is_mode_switch(node):
             depth = _switch(node, depth, site)
-        elif _written(node) is not None and (node not in inside) and _root(_written(node)) in roots | inside:
+        elif written(node) is not None and (node not in inside) and root(written(node)) in roots | inside:
             raise Reject("AR207", f"{node} writes in place to a value that this attention reads", node)
         elif node in inside and depth:
             raise Reject("AR204", f"{node} lies in another autocast or grad-mode region", node)
@@ -43,14 +43,15 @@ def _switch(node: fx.Node, depth: int, site: Attention) -> int:
     raise Reject("AR204", "the grad mode changes inside the attention", node)
 
 
-def _written(node: fx.Node) -> fx.Node | None:
+def written(node: fx.Node) -> fx.Node | None:
+    """Return the value that ``node`` writes in place, or None."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable or not node.args:
         return None
     return node.args[0] if is_node(node.args[0]) else None
 
 
-def _root(node: fx.Node | None) -> fx.Node | None:
+def root(node: fx.Node | None) -> fx.Node | None:
     """Return the value whose memory ``node`` may show: views and writes in place lead back to it."""
     while node is not None and node.args and is_node(node.args[0]) and _may_alias(node):
         node = node.args[0]
