@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from attnrewrite.passes.constants import NUMBER
-from attnrewrite.passes.extract import Extract, of_anchor, of_site
+from attnrewrite.passes.extract import Extract, of_anchor, of_site, onwards
 from attnrewrite.passes.graph import is_weight, tensor
 from attnrewrite.passes.match import Found
 from attnrewrite.passes.report import Report, Site
@@ -117,6 +117,7 @@ def write_programs(report: Report, found: Found, folder: Path) -> list[Path]:
 
 def _parts(site: Site, extract: Extract) -> dict[str, str]:
     """Return what stands in the holes of the template."""
+    extract = onwards(extract)
     nodes = _with_constants(extract)
     whole = Extract(nodes, extract.roles)
     names = _names([*whole.inputs, *nodes], extract.roles)
@@ -134,7 +135,7 @@ def _parts(site: Site, extract: Extract) -> dict[str, str]:
         "imports": imports,
         "weights": _weights(weights, names),
         "arguments": ", ".join(["self", *(names[node] for node in given)]),
-        "body": _body(whole, names, weights),
+        "body": _body(whole, extract.outputs, names, weights),
         "inputs": "".join(f"        {_random(node)},  # {names[node]}\n" for node in given),
         "call": call,
     }
@@ -153,11 +154,11 @@ def _weights(weights: list[fx.Node], names: Mapping[fx.Node, str]) -> str:
     return "\n".join([*lines, "", ""])
 
 
-def _body(extract: Extract, names: Mapping[fx.Node, str], weights: list[fx.Node]) -> str:
+def _body(extract: Extract, leaving: list[fx.Node], names: Mapping[fx.Node, str], weights: list[fx.Node]) -> str:
     held = {node: f"self.{names[node]}" for node in weights}
     words = {**names, **held}
     lines = [f"{names[node]} = {_call(node, words)}{_comment(node)}" for node in extract.nodes]
-    outputs = [names[node] for node in extract.outputs if tensor(node) is not None]
+    outputs = [names[node] for node in leaving if tensor(node) is not None]
     lines.append(f"return {', '.join(outputs)}")
     return "\n".join(f"        {line}" for line in lines)
 

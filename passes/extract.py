@@ -9,12 +9,14 @@ import torch
 from torch import fx
 
 from attnrewrite.passes.attention import Attention
+from attnrewrite.passes.axes import ALIASES, RESHAPES
 from attnrewrite.passes.contract import CONTRACTIONS
 from attnrewrite.passes.graph import is_weight, op, tensor
 from attnrewrite.passes.regions import root, written
 from attnrewrite.passes.softmax import softmax_at
 
 _FUSED = "scaled_dot_product_attention"
+_MOVES = RESHAPES | ALIASES | {"transpose", "permute", "movedim", "swapaxes", "squeeze", "unsqueeze"}
 _NEAR = 8
 """How many steps a refused site is followed beyond its products: enough for moves of axes and scales."""
 _FAR = 64
@@ -75,6 +77,19 @@ def of_anchor(anchor: fx.Node) -> Extract:
     roles |= dict.fromkeys(beyond, "output")
     whole = _between({*path, *_chains([*behind, *beyond])})
     return Extract(_between({*whole, *_writes(whole)}), roles)
+
+
+def onwards(extract: Extract) -> Extract:
+    """Follow the outputs through moves of axes: the way in which heads are folded there tells what the heads are."""
+    found = list(extract.nodes)
+    for node in extract.outputs:
+        for _ in range(_NEAR):
+            after = [user for user in node.users if op(user) in _MOVES and user.args[0] is node and user not in found]
+            if not after:
+                break
+            node = after[0]
+            found.append(node)
+    return Extract(sorted(found), extract.roles)
 
 
 def _products(start: list[fx.Node], *, back: bool) -> list[fx.Node]:

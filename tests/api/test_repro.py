@@ -111,7 +111,7 @@ def test_program_of_a_match_matches_and_equal_layers_share_it(how: str) -> None:
     ((name, text),) = found.items()
     assert name == "01_matched_model_layers_0_self_attn.py"
     assert "model.layers.1.self_attn" in text
-    assert explained(text)[0] == report.sites[0].status == "matched"
+    assert explained(text) == verdict(report.sites[0]) == ("matched", [])
 
 
 def test_only_rejected_sites_get_a_program_where_there_are_any() -> None:
