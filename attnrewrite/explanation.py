@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from attnrewrite.kernels.diagnostics import AttnRewriteError, error
+from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.capture import Capture, from_program
+from attnrewrite.passes.match import Found
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Report
 from attnrewrite.passes.select import Plan
@@ -38,12 +40,26 @@ def explain_program(program: torch.export.ExportedProgram) -> Report:
 
 def explain_capture(capture: Capture, config: VariantConfig | None = None) -> Report:
     """Report every attention of a captured graph, and whether the variant ``config`` covers it."""
-    settings = (config or SdpaConfig()).to_dict()
-    pipeline = Pipeline(Plan(settings.pop("variant"), settings), draw=True)
+    return inspect_capture(capture, config)[0]
+
+
+def inspect_capture(capture: Capture, config: VariantConfig | None = None) -> tuple[Report, Found]:
+    """Do what ``explain_capture`` does; also return the sites in the graph, in the order of the report's."""
+    config = config or SdpaConfig()
+    settings = config.to_dict()
+    pipeline = Pipeline(Plan(settings.pop("variant"), settings), draw=True, parameters=_parameters_of(config))
     report, found = pipeline.inspect(capture)
     pipeline.check(capture, found, report)
     report.versions = versions()
-    return report
+    return report, found
+
+
+def _parameters_of(config: VariantConfig) -> Callable[[Attention], Mapping[str, torch.Tensor]] | None:
+    def parameters(site: Attention) -> Mapping[str, torch.Tensor]:
+        query = site.query.node.meta["val"]
+        return dict(config.module(site, query.device, query.dtype).named_parameters())
+
+    return parameters if config.adds_parameters else None
 
 
 def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:

@@ -43,7 +43,7 @@ def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool
     Raises VariantError AR310 where the model is not converted, SaveError AR601 where ``path`` exists.
     """
     conversion = _conversion(model)
-    with _new_folder(Path(path), overwrite) as folder:
+    with new_folder(Path(path), overwrite) as folder:
         save = getattr(model, "save_pretrained", None)
         if callable(save):
             added = {name for name, _ in new_parameters(model)}
@@ -66,7 +66,7 @@ def save_conversion(
     Raises as ``save_pretrained``.
     """
     conversion = _conversion(model)
-    with _new_folder(Path(out), overwrite) as folder:
+    with new_folder(Path(out), overwrite) as folder:
         for file in sorted(source.iterdir()) if source.is_dir() else [source]:
             if file.is_file() and file.name not in (CONFIG, WEIGHTS, REPORT):
                 shutil.copy2(file, folder / file.name)
@@ -131,7 +131,7 @@ def _conversion(model: torch.nn.Module) -> Conversion:
 
 
 @contextmanager
-def _new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its name in one step when the block succeeds."""
     if path.exists() and not overwrite:
         raise error("AR601", f"{path} exists")

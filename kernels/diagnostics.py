@@ -12,13 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One thing that can go wrong: a stable code, a title, why it happens, what to do."""
+    """One thing that can go wrong: a stable code, a title, why it happens, what to do.
+
+    ``nearest`` is the form nearest to the refused one that is accepted, where the code is about a form.
+    """
 
     code: str
     title: str
     explanation: str
     hint: str
     since: str = "0.1.0"
+    nearest: str = ""
 
 
 class AttnRewriteError(Exception):
@@ -162,6 +166,7 @@ _ALL = [
         "A softmax was found, but it is not fed by a contraction of two activations, or its result is not "
         "contracted with values along the same axis: a router, a classifier, a pooling.",
         "nothing to do; the site stays as it is",
+        nearest="softmax(query @ key.mT) @ value: both products of two activations, along one axis",
     ),
     Diagnostic(
         "AR203",
@@ -169,6 +174,7 @@ _ALL = [
         "Between the query-key product and the softmax stands an operation that the normal form of scores does "
         "not cover, so that replacing the site could change its meaning.",
         "the site stays as it is; the operation is named above",
+        nearest="softmax(scale * (query @ key.mT), soft-capped, then biased and masked) @ value",
     ),
     Diagnostic(
         "AR204",
@@ -176,6 +182,7 @@ _ALL = [
         "Parts of one attention run under different autocast or grad modes; moving them into one operator would "
         "change dtypes or gradients.",
         "put the whole attention into one region",
+        nearest="the same attention with both products and the softmax inside one autocast and grad-mode region",
     ),
     Diagnostic(
         "AR205",
@@ -190,12 +197,14 @@ _ALL = [
         "The exact rewrite does not replace a site that draws random numbers, because a fused operator draws them "
         "in another order.",
         "set the model's attention dropout to 0, or call model.eval()",
+        nearest="the same attention with dropout 0, as after model.eval()",
     ),
     Diagnostic(
         "AR207",
         "a matched value is changed in place",
         "A query, key, value, mask or score of this site is written in place, so the moment of reading it matters.",
         "write the update out of place",
+        nearest="the same update out of place: q = q * 2 in place of q.mul_(2)",
     ),
     # AR3xx: variants
     Diagnostic(
@@ -241,6 +250,7 @@ _ALL = [
         "variant is not defined here",
         "The variant's definition does not cover this kind of attention.",
         "leave this layer out with exclude=, or choose another variant for it",
+        nearest="an attention as the variant defines it: see docs/variants.md",
     ),
     Diagnostic(
         "AR308",
@@ -294,6 +304,7 @@ _ALL = [
         "no fused implementation",
         "The site is recognised, but no fused operator computes it on this device; the original operations stay.",
         "nothing to do; the result is exact either way",
+        nearest="a positive scale, biases, and masks that fill with the dtype's lowest number or -inf",
     ),
     Diagnostic(
         "AR402",
@@ -312,6 +323,7 @@ _ALL = [
         "already fused",
         "The model calls fused attention itself, and its masks and heads leave nothing to improve; the call stays.",
         "nothing to do",
+        nearest="the call as it stands: scaled_dot_product_attention",
     ),
     # AR6xx: saving and loading
     Diagnostic(

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import fx
 
-from attnrewrite.kernels.diagnostics import DIAGNOSTICS
 from attnrewrite.passes.axes import Dim, Layout, Symbol, flat, size_of, symbols
+from attnrewrite.passes.nearest import nearest_form
 from attnrewrite.passes.report import Mask, Rejection
 from attnrewrite.passes.softmax import Softmax
 
@@ -22,15 +22,17 @@ EmptyRow = Literal["zero", "nan", "uniform"]
 
 
 class Reject(Exception):  # noqa: N818  # a verdict on a match, not an error of the user's
-    """A matcher gives up: a code, the reason, and the node that stands in the way."""
+    """A matcher gives up: a code, the reason, the node that stands in the way, and the nearest accepted form."""
 
-    def __init__(self, code: str, detail: str, node: fx.Node | None = None) -> None:
+    def __init__(self, code: str, detail: str, node: fx.Node | None = None, nearest: str = "") -> None:
         super().__init__(detail)
-        self.code, self.detail, self.node = code, detail, node
+        self.code, self.detail, self.node, self.nearest = code, detail, node, nearest
 
     def rejection(self, layer: str, source: str) -> Rejection:
         """Return the report row."""
-        return Rejection(self.code, self.detail, layer, source, DIAGNOSTICS[self.code].title)
+        return Rejection(
+            self.code, self.detail, layer, source, nearest=self.nearest or nearest_form(self.code, self.node)
+        )
 
 
 @dataclass

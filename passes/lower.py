@@ -29,16 +29,21 @@ class Lowering:
 
     memo: dict[str, fx.GraphModule] = field(default_factory=dict)
 
-    def replace(self, site: Attention, rule: Rule, request: Request) -> None:
-        """Rewrite ``site`` in its graph."""
+    def traced(self, site: Attention, rule: Rule, request: Request) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """Return the graph that takes the place of ``site``, and the nodes that its placeholders stand for."""
         extra = rule.extra(site, request)
         nodes = list(dict.fromkeys([*nodes_read(site), *extra.values()]))
         key = _key(site, request, extra, nodes)
         if key not in self.memo:
             self.memo[key] = _traced(site, rule, request, extra, nodes)
+        return self.memo[key], nodes
+
+    def replace(self, site: Attention, rule: Rule, request: Request) -> None:
+        """Rewrite ``site`` in its graph."""
+        traced, nodes = self.traced(site, rule, request)
         graph = site.output.graph
         with graph.inserting_before(site.output):
-            out = graph.graph_copy(self.memo[key].graph, _inputs(self.memo[key], nodes))
+            out = graph.graph_copy(traced.graph, _inputs(traced, nodes))
         assert isinstance(out, fx.Node)
         _stamp(site, out, set(nodes), rule.variant)
         site.output.replace_all_uses_with(out)

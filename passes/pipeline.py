@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
+from attnrewrite.passes import drawing
 from attnrewrite.passes import markers as marker_pass
 from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.certificate import Prover
+from attnrewrite.passes.extract import of_anchor, of_site
 from attnrewrite.passes.graph import source_line
 from attnrewrite.passes.lower import Lowering
 from attnrewrite.passes.match import Found, match
@@ -29,11 +31,15 @@ LEFT_AS_IT_IS = ("AR401", "AR404")
 
 @dataclass
 class Pipeline:
-    """Runs the passes over captured graphs. ``verify`` proves every site before anything is done with it."""
+    """Runs the passes over captured graphs. ``verify`` proves every site before anything is done with it.
+
+    ``draw`` puts drawings into the report; ``parameters`` makes what a conversion of a site would add, for them.
+    """
 
     plan: Plan = field(default_factory=Plan)
     verify: bool = True
     draw: bool = False
+    parameters: Callable[[Attention], Mapping[str, torch.Tensor]] | None = None
     prover: Prover = field(default_factory=Prover)
     lowering: Lowering = field(default_factory=Lowering)
 
@@ -44,6 +50,10 @@ class Pipeline:
             found = match(capture)
         rows = [self._row(site, report) for site in found.attentions]
         report.sites = rows + [refused_row(row) for _, row in found.refused]
+        if self.draw:
+            extracts = [*map(of_site, found.attentions), *(of_anchor(anchor) for anchor, _ in found.refused)]
+            for row, extract in zip(report.sites, extracts, strict=True):
+                row.before = drawing.add(report, drawing.drawing(extract))
         report.rejections = found.not_attention
         return report, found
 
@@ -60,6 +70,8 @@ class Pipeline:
             except Reject as reject:
                 row.rejections.append(reject.rejection(site.layer, site.source))
                 row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
+            else:
+                self._sketch(site, row, request, report)
 
     def rewrite(self, capture: Capture) -> tuple[Report, list[fx.Node]]:
         """Rewrite the captured graph in place; also return the buffers whose values the rewrites rely on.
@@ -96,8 +108,6 @@ class Pipeline:
 
     def _row(self, site: Attention, report: Report) -> Site:
         row = describe(site)
-        if self.draw:
-            row.before = listing(site.output.graph, row.layer)
         if self.verify:
             with timed(report, "prove"):
                 wrong = self.prover.prove(site)
@@ -120,8 +130,24 @@ class Pipeline:
         self.lowering.replace(site, rule, request)
         row.status = "rewritten"
         row.implementation = "fused" if request.variant == "sdpa" else "reference"
-        if self.draw:
-            row.after = listing(site.anchor.graph, row.layer)
+
+    def _sketch(self, site: Attention, row: Site, request: Request, report: Report) -> None:
+        """Draw what the variant would make of the site; nothing is rewritten."""
+        if not self.draw:
+            return
+        if self.parameters is not None and not request.parameters:
+            request = replace(request, parameters=drawing.stand_ins(site, self.parameters(site)))
+        rule = RULES[request.variant]
+        with timed(report, "draw"):
+            try:
+                traced, nodes = self.lowering.traced(site, rule, request)
+            except Exception as failure:  # the backend would fail here, too
+                detail = f"the rewrite to {request.variant} failed: {type(failure).__name__}: {failure}"
+                row.rejections.append(Rejection("AR901", detail, row.layer, row.source))
+                row.status = "rejected"
+                return
+            roles = of_site(site).roles | {node: name for name, node in rule.extra(site, request).items()}
+            row.after = drawing.add(report, drawing.drawing_of_traced(traced, nodes, roles))
 
     def _check_conflict(self, markers: list[marker_pass.Marker]) -> None:
         if markers and self.plan.variant != "sdpa":
@@ -195,24 +221,6 @@ def describe(site: Attention) -> Site:
         softcap=site.scores.softcap,
         dropout=site.dropout,
     )
-
-
-def listing(graph: fx.Graph, layer: str) -> str:
-    """Write the part of a graph that belongs to one layer as text."""
-    lines = []
-    for node in graph.nodes:
-        stack = node.meta.get("nn_module_stack") or {}
-        if any(layer and layer in str(entry[0]) for entry in stack.values()):
-            value = node.meta.get("val")
-            kind = (
-                f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
-                if isinstance(value, torch.Tensor)
-                else ""
-            )
-            name = str(node.target).removeprefix("aten.")
-            arguments = ", ".join(str(a) for a in node.args)
-            lines.append(f"{node.name}: {kind} = {name}({arguments})")
-    return "\n".join(lines)
 
 
 @contextmanager

@@ -52,7 +52,8 @@ def query_projection(site: Attention) -> Operand:
             found = Operand(operand.node, _named(operand.layout, site))
             break
     if found is None:
-        raise Reject("AR307", "the projection that makes the queries was not found", site.anchor)
+        near = "queries that are a linear map of the layer's input, split into heads"
+        raise Reject("AR307", "the projection that makes the queries was not found", site.anchor, near)
     return found
 
 

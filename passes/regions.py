@@ -14,7 +14,7 @@ def check_regions(site: Attention) -> None:
     read = {site.query.node, site.key.node, site.value.node, *(t.node for t in site.scores.terms)}
     earliest: dict[fx.Node | None, fx.Node] = {}  # of the values that show one memory
     for value in sorted(read | inside, reverse=True):
-        earliest[_root(value)] = value
+        earliest[root(value)] = value
     node, depth = min(inside), 0
     while node is not site.output:
         if _is_mode_switch(node):
@@ -30,8 +30,8 @@ def check_regions(site: Attention) -> None:
 
 def _overwrites(node: fx.Node, earliest: dict[fx.Node | None, fx.Node]) -> bool:
     """Whether ``node`` writes to memory of which an earlier value is read."""
-    written = _written(node)
-    return written is not None and earliest.get(_root(written), node) < node
+    target = written(node)
+    return target is not None and earliest.get(root(target), node) < node
 
 
 def _is_mode_switch(node: fx.Node) -> bool:
@@ -51,14 +51,15 @@ def _switch(node: fx.Node, depth: int, site: Attention) -> int:
     raise Reject("AR204", "the grad mode changes inside the attention", node)
 
 
-def _written(node: fx.Node) -> fx.Node | None:
+def written(node: fx.Node) -> fx.Node | None:
+    """Return the value that ``node`` writes in place, or None."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or not schema.is_mutable or not node.args:
         return None
     return node.args[0] if is_node(node.args[0]) else None
 
 
-def _root(node: fx.Node | None) -> fx.Node | None:
+def root(node: fx.Node | None) -> fx.Node | None:
     """Return the value whose memory ``node`` may show: views and writes in place lead back to it."""
     while node is not None and node.args and is_node(node.args[0]) and _may_alias(node):
         node = node.args[0]

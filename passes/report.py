@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS
@@ -16,7 +16,7 @@ skipped: left out by `targets` / `exclude`."""
 
 @dataclass
 class Rejection:
-    """Why something was not rewritten: a code, the reason in one sentence, and where."""
+    """Why something was not rewritten: a code, the reason in one sentence, where, and the nearest accepted form."""
 
     code: str
     detail: str
@@ -24,10 +24,12 @@ class Rejection:
     source: str = ""
     title: str = ""
     hints: list[str] = field(default_factory=list)
+    nearest: str = ""
 
     def __post_init__(self) -> None:
         self.title = self.title or DIAGNOSTICS[self.code].title
         self.hints = self.hints or [DIAGNOSTICS[self.code].hint]
+        self.nearest = self.nearest or DIAGNOSTICS[self.code].nearest
 
 
 @dataclass
@@ -49,12 +51,37 @@ class Mask:
 
 
 @dataclass
+class Box:
+    """A node of a drawing: a value, by a ``name`` of its own, and the operator that makes it, or "input".
+
+    ``role`` is one of query, key, value, scores, probs, mask, bias, scale, gate, sink, shift, weight, output, the name
+    of what a variant reads besides (``q_gate``), or "". ``shape`` holds ints, or strings such as ``s0`` where the size
+    is symbolic; it is empty for what is no tensor.
+    """
+
+    name: str
+    op: str
+    role: str = ""
+    dtype: str = ""
+    shape: list[int | str] = field(default_factory=list)
+
+
+@dataclass
+class Drawing:
+    """A graph of one site: ``edges`` are pairs of names, from a value to what reads it."""
+
+    nodes: list[Box] = field(default_factory=list)
+    edges: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
 class Site:
     """One attention found in the model, addressed by layer path and source line.
 
     ``heads`` H, ``kv_heads`` Hkv, ``head_dim`` D, ``value_dim`` Dv, ``query_length`` L and ``key_length`` S are ints,
     or strings such as ``s0`` where the size is symbolic. ``spelling`` tags how the model writes this attention.
-    ``bias`` tells additive terms that are no mask. ``certificate`` is "proved", "failed" or "not run".
+    ``bias`` tells additive terms that are no mask. ``certificate`` is "proved", "failed" or "not run". ``before`` and
+    ``after`` are keys of the report's ``drawings``; ``after`` is "" where the site stays as written.
     """
 
     layer: str
@@ -87,7 +114,8 @@ class Report:
     """What was found in a model and what became of it. ``to_dict`` is stable and versioned.
 
     ``sites`` are attentions; ``rejections`` are the softmaxes that are not attention, and whole-graph findings;
-    ``timings_ms`` maps a step's name to milliseconds, summed over graphs.
+    ``timings_ms`` maps a step's name to milliseconds, summed over graphs. ``drawings`` holds every distinct drawing of
+    the sites once.
     """
 
     model: str = ""
@@ -96,6 +124,7 @@ class Report:
     rejections: list[Rejection] = field(default_factory=list)
     timings_ms: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    drawings: dict[str, Drawing] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, int]:
@@ -112,6 +141,7 @@ class Report:
             site.graph = graph
         self.sites += other.sites
         self.rejections += other.rejections
+        self.drawings |= other.drawings
         self.entry = self.entry or other.entry
         for step, ms in other.timings_ms.items():
             self.timings_ms[step] = self.timings_ms.get(step, 0.0) + ms
@@ -126,7 +156,26 @@ class Report:
         plain = {f.name: data[f.name] for f in fields(cls) if f.name in data}
         plain["sites"] = [_site(site) for site in plain.get("sites", [])]
         plain["rejections"] = [Rejection(**r) for r in plain.get("rejections", [])]
+        plain["drawings"] = {key: _drawing(drawing) for key, drawing in plain.get("drawings", {}).items()}
         return cls(**plain)
+
+    def only(self, status: str | None) -> Report:
+        """Return the part that is ``matched``, ``rejected``, any other status, or ``not-attention``; None keeps all."""
+        if status is None:
+            return self
+        sites = [site for site in self.sites if site.status == status]
+        wanted = [r for r in self.rejections if (r.code == "AR202") == (status == "not-attention")]
+        drawn = {key for site in sites for key in (site.before, site.after)}
+        return replace(
+            self,
+            sites=sites,
+            rejections=wanted if status in ("rejected", "not-attention") else [],
+            drawings={key: drawing for key, drawing in self.drawings.items() if key in drawn},
+        )
+
+
+def _drawing(data: dict[str, Any]) -> Drawing:
+    return Drawing([Box(**box) for box in data["nodes"]], [list(edge) for edge in data["edges"]])
 
 
 def _site(data: dict[str, Any]) -> Site:

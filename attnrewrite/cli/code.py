@@ -42,5 +42,6 @@ def _list(entries: dict[str, str]) -> RenderableType:
 
 def _page(diagnostic: Diagnostic) -> RenderableType:
     head = Text.assemble((diagnostic.code, "bold"), f"  {diagnostic.title}  ", (f"since {diagnostic.since}", "dim"))
-    body = Group(diagnostic.explanation, "", Text(f"hint: {diagnostic.hint}", style="cyan"))
+    nearest = [Text(f"nearest accepted form: {diagnostic.nearest}")] if diagnostic.nearest else []
+    body = Group(diagnostic.explanation, "", *nearest, Text(f"hint: {diagnostic.hint}", style="cyan"))
     return Group(head, "", Padding(body, (0, 0, 0, 2)))

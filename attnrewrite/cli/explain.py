@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,18 @@ import click
 
 from attnrewrite.cli.output import Output
 from attnrewrite.cli.verb import Verb, model_argument, seq_len_option
+from attnrewrite.kernels.diagnostics import error
 
 if TYPE_CHECKING:
     from attnrewrite.loading import LoadedModel
+    from attnrewrite.passes.match import Found
     from attnrewrite.passes.report import Report
 
+ONLY = ("matched", "rejected", "not-attention")
 _EXAMPLES = (
     "explain ./my-model",
     "explain ./my-model --attn eager --html report.html",
-    "explain my_package.models:build --variant ssa --strict",
+    "explain my_package.models:build --only rejected --repro ./cases --strict",
 )
 
 
@@ -28,8 +32,11 @@ _EXAMPLES = (
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Example sequences.")
 @click.option("--dtype", help="Load in this dtype: float32, bfloat16, float16, float64.")
 @click.option("--attn", type=click.Choice(["eager", "sdpa"]), help="How a transformers model is to write attention.")
-@click.option("--only", type=click.Choice(["matched", "rejected"]), help="Show the sites of one status.")
+@click.option("--only", type=click.Choice(ONLY), help="Show the softmaxes of one status.")
 @click.option("--html", type=click.Path(dir_okay=False, path_type=Path), help="Also write the report as a page.")
+@click.option(
+    "--repro", type=click.Path(path_type=Path), help="Also write a program per rejected site into a new folder."
+)
 @click.option("--strict", is_flag=True, help="Exit with 3 when a site is rejected.")
 @click.pass_obj
 def command(
@@ -42,28 +49,36 @@ def command(
     attn: Any,
     only: str | None,
     html: Path | None,
+    repro: Path | None,
     strict: bool,
 ) -> int:
     """Find the attention in MODEL and say what can be rewritten.
 
-    Nothing is changed or compiled. Exits with 3 when no attention was found.
+    Every softmax is matched, rejected or not attention, and what is not matched comes with a code, the reason, its
+    place, the nearest accepted form and a hint. Nothing is changed or compiled. Exits with 3 when no attention was
+    found.
+
+    --repro writes small programs that show each distinct rejected site, or where none is rejected each distinct site,
+    without the model.
     """
     from attnrewrite.loading import LoadOptions, is_program, load_model
 
+    if repro is not None and repro.exists():
+        raise error("AR601", f"{repro} exists", hint="choose another folder for --repro")
     if is_program(model):
-        report = _explain_program(output, model, variant)
+        report, found = _explain_program(output, model, variant)
     else:
         with output.step(f"loading {model}"):
             loaded = load_model(model, LoadOptions(batch, seq_len, dtype, attn))
-        report = _explain_model(output, loaded, variant)
+        report, found = _explain_model(output, loaded, variant)
     if html is not None:
         from attnrewrite.render.html import write_html
 
         write_html(report, html)
         output.note(f"wrote {html}")
-    data = report.to_dict()
-    if only is not None:
-        data["sites"] = [site for site in data["sites"] if site["status"] == only]
+    if repro is not None:
+        _write_programs(output, report, found, repro)
+    data = {**report.only(only).to_dict(), "summary": report.summary}
     from attnrewrite.render.text import text_view
 
     output.result(data, lambda: text_view(report, verbose=output.verbose, only=only))
@@ -71,28 +86,40 @@ def command(
     return 3 if not summary["sites"] or (strict and summary["rejected"]) else 0
 
 
-def _explain_program(output: Output, path: str, variant: str | None) -> Report:
-    from attnrewrite.explanation import explain_program
+def _write_programs(output: Output, report: Report, found: Found, folder: Path) -> None:
+    if not report.sites:
+        output.note(f"no attention, nothing to write to {folder}")
+        return
+    from attnrewrite.repro import write_programs
+
+    count = len(write_programs(report, found, folder))
+    output.note(f"wrote {count} program{'' if count == 1 else 's'} to {folder}")
+
+
+def _explain_program(output: Output, path: str, variant: str | None) -> tuple[Report, Found]:
+    from attnrewrite.explanation import inspect_capture
     from attnrewrite.loading import load_program
+    from attnrewrite.passes.capture import from_program
 
     if variant is not None:
         raise click.BadOptionUsage("--variant", "--variant needs a model; a .pt2 file can only be explained as it is.")
     with output.step(f"explaining {path}"):
-        report = explain_program(load_program(path))
+        report, found = inspect_capture(from_program(load_program(path)))
     report.model = Path(path).name
-    return report
+    return report, found
 
 
-def _explain_model(output: Output, loaded: LoadedModel, variant: str | None) -> Report:
-    from attnrewrite.explanation import capture_model, explain, explain_capture
+def _explain_model(output: Output, loaded: LoadedModel, variant: str | None) -> tuple[Report, Found]:
+    from attnrewrite.explanation import capture_model, inspect_capture
     from attnrewrite.variants import parse_config
 
     inputs, keywords = loaded.example_inputs, loaded.example_kwargs
     with output.step(f"explaining {loaded.name}"):
-        if variant is None:
-            report = explain(loaded.model, *inputs, **keywords)
-        else:
-            config = parse_config(variant, {})
-            report = explain_capture(capture_model(loaded.model, inputs, keywords), config)
+        config = None if variant is None else parse_config(variant, {})
+        start = time.perf_counter()
+        capture = capture_model(loaded.model, inputs, keywords)
+        captured = (time.perf_counter() - start) * 1e3
+        report, found = inspect_capture(capture, config)
     report.model = loaded.name
-    return report
+    report.timings_ms["capture"] = captured
+    return report, found

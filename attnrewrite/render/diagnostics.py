@@ -33,7 +33,8 @@ def markdown() -> str:
             if diagnostic.code.startswith(family):
                 hint = diagnostic.hint[:1].upper() + diagnostic.hint[1:]
                 parts.append(f"### {diagnostic.code}: {diagnostic.title}\n")
-                parts.append(f"{diagnostic.explanation}\n\n**What to do:** {hint}.\n")
+                nearest = f"**Nearest accepted form:** {diagnostic.nearest}.\n\n" if diagnostic.nearest else ""
+                parts.append(f"{diagnostic.explanation}\n\n{nearest}**What to do:** {hint}.\n")
     return "\n".join(parts)
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from attnrewrite.passes.report import Report
-from attnrewrite.render.rows import duration, rejections, rows, short_source
+from attnrewrite.render.groups import groups
+from attnrewrite.render.rows import duration, rejections, short_source
 
 
 def html_view(report: Report) -> str:
@@ -24,7 +25,7 @@ def html_view(report: Report) -> str:
     pages.filters["short_source"] = short_source
     return pages.get_template("report.html").render(
         report=report,
-        sites=list(zip(rows(report.sites, fold=False), report.sites, strict=True)),
+        groups=groups(report),
         rejections=rejections(report),
         timings={step: duration(ms) for step, ms in report.timings_ms.items()},
     )

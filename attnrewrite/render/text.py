@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Group, RenderableType
+import io
+
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -13,18 +15,25 @@ from attnrewrite.render.rows import TIMES, duration, rejections, rows, short_sou
 STYLES = {"rewritten": "green", "matched": "green", "rejected": "red", "skipped": "dim"}
 
 
+def plain_text(report: Report) -> str:
+    """Return the view as plain text, with every layer and every source in full."""
+    console = Console(file=io.StringIO(), width=1000, color_system=None, highlight=False)
+    with console.capture() as captured:
+        console.print(text_view(report, verbose=True))
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
 def text_view(report: Report, *, verbose: bool = False, only: str | None = None) -> RenderableType:
-    """Lay out the report: a header, the sites, then each rejection with its hint.
+    """Lay out the report: a header, the sites, then each rejection with the nearest accepted form and a hint.
 
     Without ``verbose`` layers that read alike are folded into one row and sources lose their folders.
-    ``only`` keeps the sites of one status; the header counts all of them.
+    ``only`` keeps what ``Report.only`` keeps; the header counts everything.
     """
-    sites = [site for site in report.sites if only in (None, site.status)]
+    shown = report.only(only)
     parts: list[RenderableType] = [header(report)]
-    if sites:
-        parts += ["", _table(sites, verbose)]
-    if only in (None, "rejected"):
-        parts += _rejections(report, verbose)
+    if shown.sites:
+        parts += ["", _table(shown.sites, verbose)]
+    parts += _rejections(shown, verbose)
     if report.timings_ms:
         steps = " · ".join(f"{name} {duration(ms)}" for name, ms in report.timings_ms.items())
         parts += ["", Text(steps, style="dim")]
@@ -35,11 +44,13 @@ def header(report: Report) -> Text:
     """Say in one line what was found: ``tiny-llama · 4 attention sites: 3 rewritten, 1 rejected``."""
     summary = dict(report.summary)
     total = summary.pop("sites")
+    others = sum(rejection.code == "AR202" for rejection in report.rejections)
     counts = ", ".join(f"{count} {status}" for status, count in summary.items() if count)
     text = Text()
     text.append(report.model or "model", style="bold")
     text.append(f" · {total} attention site{'' if total == 1 else 's'}")
-    return text.append(f": {counts}" if counts else "")
+    text.append(f": {counts}" if counts else "")
+    return text.append(f" · {others} softmax{'' if others == 1 else 'es'} not attention" if others else "")
 
 
 def _table(sites: list[Site], verbose: bool) -> Table:
@@ -68,6 +79,7 @@ def _rejections(report: Report, verbose: bool) -> list[RenderableType]:
                 head.append(f"  {place}", style="dim")
         lines = [
             Text(rejection.detail),
+            *([Text(f"nearest accepted form: {rejection.nearest}")] if rejection.nearest else []),
             *(Text(f"hint: {hint}", style="cyan") for hint in rejection.hints if hint),
         ]
         parts += ["", head, Padding(Group(*lines), (0, 0, 0, 7))]

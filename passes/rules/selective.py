@@ -13,6 +13,8 @@ from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
 from attnrewrite.passes.site import SiteTensors, same_length
 
+_NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
+
 
 class SelectiveRule:
     """Modes ``raw`` (no parameters) and ``gate`` (one factor ``gamma`` per layer)."""
@@ -23,25 +25,30 @@ class SelectiveRule:
         """Refuse (AR307) all but causal self-attention over whole sequences."""
         facts = site.visibility.facts
         if site.visibility.dense:
-            raise Reject("AR307", "selective attention needs a mask it understands; this one is custom", site.anchor)
+            raise Reject(
+                "AR307", "selective attention needs a mask it understands; this one is custom", site.anchor, _NEAREST
+            )
         if facts.offset is None:
             if same_length(site):
                 raise Reject(
                     "AR307",
                     "selective attention is defined for causal attention; this one sees all keys",
                     site.anchor,
+                    _NEAREST,
                 )
             raise Reject(
                 "AR307",
                 "selective attention is defined for causal self-attention; here the queries and keys "
                 "are different sequences, or the queries continue a cache (use_cache=False)",
                 site.anchor,
+                _NEAREST,
             )
         if facts.offset != 0 or not same_length(site):
             raise Reject(
                 "AR307",
                 "the queries continue a cache, whose earlier votes are not known; call the model with use_cache=False",
                 site.anchor,
+                _NEAREST,
             )
         heads = site.sizes()["H"]
         head = int(request.config.get("selection_head", 0))

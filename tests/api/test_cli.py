@@ -6,42 +6,12 @@ import sys
 import click
 import pytest
 import torch
-from tiny import llama_folder, llama_gguf
+from tiny import llama_gguf
 
-from attnrewrite.cli import VERBS, cli, main
+from attnrewrite.cli import VERBS, cli
 from attnrewrite.errors import DIAGNOSTICS
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.variants import SSAConfig
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return str(llama_folder(tmp_path_factory.mktemp("models") / "tiny-llama"))
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command; return its exit code, stdout and stderr."""
-
-    def call(*words):
-        code = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
-def run_json(run):
-    """Run a command with ``--format json``; return its exit code and the one object it prints."""
-
-    def call(*words):
-        code, out, err = run(*words, "--format", "json")
-        assert err == ""
-        return code, json.loads(out)
-
-    return call
-
 
 # --- what all verbs share ---
 
@@ -219,63 +189,6 @@ def test_variant_page(run, run_json):
     assert code == 1
     assert data["error"]["code"] == "AR301"
     assert "'ssa'" in data["error"]["detail"]
-
-
-# --- explain ---
-
-
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_explain_finds_every_layer(run_json, folder, attention):
-    code, data = run_json("explain", folder, "--attn", attention, "--seq-len", 8)
-    assert code == 0
-    assert [site["layer"] for site in data["sites"]] == [f"model.layers.{n}.self_attn" for n in (0, 1)]
-    assert {site["status"] for site in data["sites"]} == {"matched"}
-    assert (data["model"], data["schema_version"]) == ("tiny-llama", 1)
-
-
-def test_explain_for_people(run, folder, tmp_path):
-    page = tmp_path / "report.html"
-    code, out, err = run("explain", folder, "--html", page)
-    assert code == 0
-    assert "tiny-llama · 2 attention sites: 2 matched" in out
-    assert "model.layers.{0..1}.self_attn" in out
-    assert str(page) in err
-    assert "model.layers.1.self_attn" in page.read_text(encoding="utf-8")
-
-
-def test_explain_only(run_json, folder):
-    code, data = run_json("explain", folder, "--only", "rejected")
-    assert (code, data["sites"]) == (0, [])
-    assert data["summary"]["matched"] == 2
-
-
-def test_explain_variant_tells_what_each_site_would_become(run_json, folder):
-    _, data = run_json("explain", folder, "--variant", "ssa")
-    assert [site["variant"] for site in data["sites"]] == ["ssa", "ssa"]
-    assert data["sites"][0]["config"]["gate"] == "head"
-    code, data = run_json("explain", folder, "--variant", "saa")
-    assert (code, data["error"]["code"]) == (1, "AR301")
-
-
-def test_explain_without_attention_exits_with_3(run_json, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    source = "import torch\n\ndef build():\n    return torch.nn.Linear(3, 2), torch.ones(1, 3)\n"
-    (tmp_path / "plain_models.py").write_text(source)
-    code, data = run_json("explain", "plain_models:build")
-    assert (code, data["sites"]) == (3, [])
-
-
-def test_explain_program(run, run_json, tmp_path):
-    class Attention(torch.nn.Module):
-        def forward(self, x):
-            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
-
-    path = tmp_path / "attention.pt2"
-    torch.export.save(torch.export.export(Attention(), (torch.ones(1, 2, 5, 4),)), path)
-    code, data = run_json("explain", path)
-    assert (code, len(data["sites"]), data["model"]) == (0, 1, "attention.pt2")
-    assert run("explain", path, "--variant", "ssa")[0] == 2
 
 
 # --- convert ---

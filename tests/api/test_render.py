@@ -1,12 +1,14 @@
 import io
+import itertools
 import json
 from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
-from attnrewrite.passes.report import Mask, Rejection, Report, Site
+from attnrewrite.passes.report import Box, Drawing, Mask, Rejection, Report, Site
 from attnrewrite.render.html import html_view, write_html, write_text
+from attnrewrite.render.layout import picture
 from attnrewrite.render.rows import fold_paths, mask_text, rows
 from attnrewrite.render.text import text_view
 
@@ -51,13 +53,14 @@ def test_text_folds_layers_that_read_alike(report):
     assert len(text.splitlines()) < 20
 
 
-def test_text_says_each_rejection_in_three_lines(report):
+def test_text_says_each_rejection_in_four_lines(report):
     lines = printed(text_view(report)).splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("AR203"))
     assert "unsupported form of scores" in lines[start]
     assert "model.layers.7.self_attn" in lines[start]
     assert lines[start + 1].strip() == "tanh stands between the product and the softmax"
-    assert lines[start + 2].strip().startswith("hint: ")
+    assert lines[start + 2].strip().startswith("nearest accepted form: softmax(")
+    assert lines[start + 3].strip().startswith("hint: ")
 
 
 def test_verbose_text_has_every_site_and_the_whole_source(report):
@@ -71,7 +74,8 @@ def test_only_keeps_one_status(report):
     text = printed(text_view(report, only="rejected"))
     assert "{0..6,8..29}" not in text
     assert "rejected AR203" in text
-    assert "30 attention sites" in text
+    assert "30 attention sites: 29 matched, 1 rejected · 1 softmax not attention" in text
+    assert "AR202" not in text
     assert "AR202" not in printed(text_view(report, only="matched"))
 
 
@@ -134,18 +138,31 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+def chain(*names):
+    """A drawing in which every box reads the one before it."""
+    boxes = [Box(name, "input" if n == 0 else name, "", "float32", [2, 5]) for n, name in enumerate(names)]
+    return Drawing(boxes, [list(pair) for pair in itertools.pairwise(names)])
+
+
 def test_page_shows_every_site_and_needs_nothing_beside_it(report):
-    report.sites[0].before, report.sites[0].after = "softmax(q @ k)", "sdpa(q, k, v)"
+    report.drawings = {"a": chain("query", "einsum", "exp"), "b": chain("query", "flash")}
+    for drawn in report.sites:
+        drawn.before, drawn.after = "a", "b"
     text = html_view(report)
     page = Page(text)
-    assert page.tags.count("tr") == 31
-    assert page.links == [f"#site-{index}" for index in range(30)]
+    assert page.tags.count("details") == 3  # 29 equal layers, a rejected one, a router
+    assert page.tags.count("svg") == 4
+    assert page.tags.count("rect") == 10
+    assert page.links == []
     assert "://" not in text
+    assert all(f"model.layers.{index}.self_attn" in text for index in range(30))
     content = " ".join(page.words)
     for word in (
         "tiny-llama",
-        "softmax(q @ k)",
-        "sdpa(q, k, v)",
+        "einsum",
+        "float32 [2, 5]",
+        "flash",
+        "nearest accepted form: softmax(",
         "AR203",
         "AR202",
         "2.3 s",
@@ -157,10 +174,32 @@ def test_page_shows_every_site_and_needs_nothing_beside_it(report):
 
 def test_page_escapes_what_the_model_says():
     evil = "<script>alert(1)</script>"
-    report = Report(evil, sites=[site(evil, before=evil)], rejections=[Rejection("AR202", evil)])
+    report = Report(evil, sites=[site(evil, before="a")], rejections=[Rejection("AR202", evil)])
+    report.drawings = {"a": Drawing([Box(evil, evil, evil, evil, [evil])], [])}
     text = html_view(report)
     assert evil not in text
     assert Page(text).tags.count("script") == 1
+
+
+def test_drawings_flow_downwards_and_no_boxes_overlap():
+    drawing = chain("query", "matmul", "add", "softmax", "matmul_2")
+    drawing.nodes += [Box("key", "input"), Box("mask", "input", "mask", "bool", ["s0", 1]), Box("value", "input")]
+    drawing.edges += [["key", "matmul"], ["mask", "add"], ["value", "matmul_2"], ["query", "matmul_2"]]
+    found = picture(drawing)
+    places = {placed.box.name: placed for placed in found.boxes}
+    assert all(places[a].y + places[a].height < places[b].y for a, b in drawing.edges)
+    assert len(found.lines) == len(drawing.edges)
+    for one, other in itertools.combinations(found.boxes, 2):
+        assert one.y != other.y or one.x + one.width <= other.x or other.x + other.width <= one.x
+    for placed in found.boxes:
+        assert 0 <= placed.x < placed.x + placed.width <= found.width
+        assert 0 <= placed.y < placed.y + placed.height <= found.height
+    assert places["mask"].value == "bool [s0, 1]"
+    assert places["key"].y == places["query"].y
+
+
+def test_a_drawing_of_nothing():
+    assert picture(Drawing()).boxes == []
 
 
 def test_page_of_an_empty_report():
@@ -178,4 +217,5 @@ def test_page_is_written_in_one_step(report, tmp_path):
 
 
 def test_report_survives_json(report):
+    report.drawings["a"] = chain("query", "matmul")
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
