@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from attnrewrite.dynamo import capture_graphs, unchanged_buffers
 from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.capture import Capture, from_program
@@ -25,12 +26,53 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
     Raises:
         CaptureError: AR104 where the model does not run on these inputs, AR105 where it cannot be captured.
     """
+    return inspect_model(model, args, kwargs)[0]
+
+
+def inspect_model(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], config: VariantConfig | None = None
+) -> tuple[Report, Found]:
+    """Do what ``explain`` does, for a variant; also return the sites in the graphs, in the order of the report's.
+
+    A model that torch.export cannot take as a whole is captured graph by graph, as torch.compile does.
+    """
     start = time.perf_counter()
-    capture = capture_model(model, args, kwargs)
-    report = explain_capture(capture)
+    try:
+        captures = [capture_model(model, args, kwargs)]
+    except AttnRewriteError as failure:
+        if failure.code != "AR105":
+            raise
+        captures = _graph_by_graph(model, args, kwargs, failure)
+    report, found = _merged([inspect_capture(capture, config) for capture in captures])
     report.model = type(model).__name__
     report.timings_ms["capture"] = (time.perf_counter() - start) * 1e3 - sum(report.timings_ms.values())
-    return report
+    return report, found
+
+
+def _graph_by_graph(
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], failure: AttnRewriteError
+) -> list[Capture]:
+    try:
+        with uncompiled(model), without_cache(model, kwargs) as inputs:
+            return capture_graphs(model, args, inputs)
+    except Exception:
+        raise failure from None
+
+
+def _merged(parts: list[tuple[Report, Found]]) -> tuple[Report, Found]:
+    """Join the findings of several graphs: all matched sites first, as in one."""
+    whole, found = Report(), Found()
+    matched, refused = [], []
+    for report, part in parts:
+        count = len(part.attentions)
+        whole.extend(report)
+        matched += report.sites[:count]
+        refused += report.sites[count:]
+        found.attentions += part.attentions
+        found.refused += part.refused
+        found.not_attention += part.not_attention
+    whole.sites, whole.versions = matched + refused, versions()
+    return whole, found
 
 
 def explain_program(program: torch.export.ExportedProgram) -> Report:
@@ -115,16 +157,11 @@ def _diagnose(
     model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], failure: Exception
 ) -> AttnRewriteError:
     """Tell inputs that the model itself refuses from a model that cannot be captured."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged_buffers(model):
             model(*args, **kwargs)
     except Exception as own:
         return error("AR104", f"{type(own).__name__}: {_first_lines(own)}")
-    finally:
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
     return error("AR105", f"torch.export: {type(failure).__name__}: {_first_lines(failure)}")
 
 

@@ -17,7 +17,7 @@ from attnrewrite.passes.contract import Contraction, from_result
 from attnrewrite.passes.graph import argument, common_layer, is_node, op, shape, source_line
 from attnrewrite.passes.masks import MaskReader
 from attnrewrite.passes.operands import nearest, peel
-from attnrewrite.passes.others import kind_of
+from attnrewrite.passes.others import is_attention_like, kind_of
 from attnrewrite.passes.probs import Follower, Mixed
 from attnrewrite.passes.regions import check_regions
 from attnrewrite.passes.report import Rejection
@@ -54,7 +54,7 @@ def match(capture: Capture) -> Found:
                 site = _from_fused(anchor, reader) if softmax is None else _from_softmax(softmax, reader)
                 found.attentions.append(site)
             except (Reject, AxisError) as error:
-                reject = error if isinstance(error, Reject) else Reject("AR203", str(error), anchor)
+                reject = _verdict(error, anchor, softmax)
                 place = reject.node if reject.node is not None else anchor
                 row = reject.rejection(common_layer([anchor]), source_line(place) or source_line(anchor))
                 if reject.code == "AR202":
@@ -63,6 +63,18 @@ def match(capture: Capture) -> Found:
                 else:
                     found.refused.append((anchor, row))
     return found
+
+
+def _verdict(failure: Reject | AxisError, anchor: fx.Node, softmax: Softmax | None) -> Reject:
+    """Return why an anchor was not matched; an attention whose form is not read is refused, not called another thing."""
+    if not isinstance(failure, Reject):
+        return Reject("AR203", str(failure), anchor)
+    if failure.code != "AR202" or softmax is None or not is_attention_like(softmax):
+        return failure
+    detail = failure.detail
+    if detail == score_form.NO_PRODUCT and failure.node is not None:
+        detail = f"{failure.node.target} stands between the query-key product and the softmax"
+    return Reject("AR203", detail, failure.node)
 
 
 def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:

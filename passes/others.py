@@ -1,28 +1,55 @@
-"""What a softmax is that is no attention: told by where its input comes from and where its result goes."""
+"""What a softmax is that was not matched: an attention in a form that is not read, or something else, and what.
+
+Told by where its input comes from and where its result goes, along every operation that keeps scores scores.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from torch import fx
+
 from attnrewrite.passes.contract import CONTRACTIONS, is_product
-from attnrewrite.passes.graph import is_node, op
+from attnrewrite.passes.graph import is_node, is_weight, op, shape
+from attnrewrite.passes.regions import root, written
 from attnrewrite.passes.softmax import CASTS, Softmax
 
 _CHOOSES = {"topk", "sort", "argmax", "multinomial", "max", "argsort", "one_hot", "scatter"}
-_SIDEWAYS = CASTS | {
-    *("view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "clone", "squeeze", "unsqueeze"),
-    *("expand", "slice", "select", "dropout", "alias", "flatten", "unflatten", "detach", "cat", "repeat", "unfold"),
-    *("masked_fill", "where", "add", "sub", "div", "nan_to_num", "mT", "t", "numpy_T"),
+_MOVES = {
+    *(
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "transpose",
+        "permute",
+        "contiguous",
+        "clone",
+        "squeeze",
+        "unsqueeze",
+        "movedim",
+    ),
+    *("mT", "t", "numpy_T", "expand", "slice", "select", "alias", "flatten", "unflatten", "detach", "cat", "stack"),
+    *("pad", "constant_pad_nd", "as_strided", "gather", "index", "index_select", "split", "chunk", "unbind", "copy"),
+    *("repeat", "unfold", "roll", "movedim", "slice_scatter", "select_scatter", "index_put", "narrow"),
 }
-_REACH = 24
+_ELEMENTWISE = {"masked_fill", "where", "add", "sub", "div", "nan_to_num", "dropout", "mul", "neg"}
+_SCORES = {"tanh", "clamp", "clamp_min", "relu", "exp", "maximum", "minimum", "abs", "pow", "softplus", "sigmoid"}
+_REACH = 160
+_MAX_HEADS = 64
+
+
+def is_attention_like(softmax: Softmax) -> bool:
+    """Whether a query-key product reaches the softmax, and its result reaches another product."""
+    return _from_product(softmax) and bool(_uses(softmax)[0] & CONTRACTIONS)
 
 
 def kind_of(softmax: Softmax) -> str:
-    """Say in a few words what this softmax does."""
-    source = _source(softmax)
+    """Say in a few words what a softmax does that is no attention."""
     uses, returned = _uses(softmax)
     if uses & _CHOOSES:
         return "a router: its largest entries are chosen"
-    if source == "product":
-        return "scores of a query-key product whose weights never meet values along the same axis"
+    if _from_product(softmax):
+        return "scores of a query-key product whose weights never meet values"
     if uses & CONTRACTIONS:
         return (
             "weights that are made by a linear map and not by a query-key product: a dynamic convolution, linear "
@@ -33,30 +60,60 @@ def kind_of(softmax: Softmax) -> str:
     return "a classifier or a probability: it is returned" if returned else "a softmax that meets no values"
 
 
-def _source(softmax: Softmax) -> str:
-    """Return whether the input comes from a product of two computed values, looking back along its first operands."""
-    node: object = softmax.scores
-    for _ in range(_REACH):
-        if not is_node(node):
-            break
-        if op(node) in CONTRACTIONS:
-            return "product" if is_product(node) else "linear"
-        if op(node) not in _SIDEWAYS | {"mul", "tanh", "clamp", "exp", "relu"}:
-            break
-        node = node.args[0] if node.args else None
-        node = node[0] if isinstance(node, list | tuple) and node else node
-    return "other"
+def _from_product(softmax: Softmax) -> bool:
+    """Whether a product of two computed values is among what the scores are made of."""
+    through = _MOVES | _ELEMENTWISE | _SCORES | CASTS
+    todo, seen = [softmax.scores], {softmax.scores}
+    while todo and len(seen) < _REACH:
+        node = todo.pop()
+        if op(node) in CONTRACTIONS and is_product(node):
+            return True
+        item = getattr(node.target, "__name__", "") == "getitem"
+        if op(node) not in through and not item and not _mixes_heads(node) and not _is_new(node):
+            continue
+        for source in (*node.all_input_nodes, *_written_into(node)):
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return False
+
+
+def _mixes_heads(node: fx.Node) -> bool:
+    """Whether ``node`` is a linear map that is small and square: heads may talk through it."""
+    if op(node) != "linear" or not is_node(node.args[1]) or not is_weight(node.args[1]):
+        return False
+    sizes = shape(node.args[1])
+    return sizes[0] == sizes[1] and isinstance(sizes[0], int) and sizes[0] <= _MAX_HEADS
+
+
+def _is_new(node: fx.Node) -> bool:
+    return op(node) in ("new_zeros", "new_empty", "new_full", "new_ones", "zeros", "empty", "full", "zeros_like")
+
+
+def _written_into(node: fx.Node) -> Iterator[fx.Node]:
+    """Yield the values that are copied into a new tensor, through views of it."""
+    if not _is_new(node):
+        return
+    todo = [node]
+    while todo:
+        for user in todo.pop().users:
+            if op(user) == "copy" and root(written(user)) is node and is_node(user.args[1]):
+                yield user.args[1]
+            elif root(user) is node and written(user) is None:
+                todo.append(user)
 
 
 def _uses(softmax: Softmax) -> tuple[set[str], bool]:
-    """Return the operators that the result reaches through moves and casts, and whether it is returned."""
+    """Return the operators that the result reaches through moves and steps, and whether it is returned."""
+    through = _MOVES | CASTS | (_ELEMENTWISE - {"mul"})
     found, returned = set[str](), False
     todo, seen = [softmax.node], {softmax.node}
     while todo and len(seen) < _REACH:
         for user in todo.pop().users:
             returned |= user.op == "output"
             found.add(op(user))
-            if op(user) in _SIDEWAYS and user not in seen:
-                seen.add(user)
-                todo.append(user)
+            item = getattr(user.target, "__name__", "") == "getitem"
+            if (op(user) in through or item or _mixes_heads(user)) and user not in seen:
+                todo += [x for x in (user, root(written(user))) if x is not None and x not in seen]
+                seen |= set(todo)
     return found, returned

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,16 +109,11 @@ def _explain_program(output: Output, path: str, variant: str | None) -> tuple[Re
 
 
 def _explain_model(output: Output, loaded: LoadedModel, variant: str | None) -> tuple[Report, Found]:
-    from attnrewrite.explanation import capture_model, inspect_capture
+    from attnrewrite.explanation import inspect_model
     from attnrewrite.variants import parse_config
 
-    inputs, keywords = loaded.example_inputs, loaded.example_kwargs
     with output.step(f"explaining {loaded.name}"):
         config = None if variant is None else parse_config(variant, {})
-        start = time.perf_counter()
-        capture = capture_model(loaded.model, inputs, keywords)
-        captured = (time.perf_counter() - start) * 1e3
-        report, found = inspect_capture(capture, config)
+        report, found = inspect_model(loaded.model, loaded.example_inputs, loaded.example_kwargs, config)
     report.model = loaded.name
-    report.timings_ms["capture"] = captured
     return report, found

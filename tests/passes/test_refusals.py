@@ -66,6 +66,30 @@ class Relu(Base):
         return torch.softmax(torch.relu(self.scores(x)), -1) @ self.v(x)
 
 
+class TalkingHeads(Base):
+    """Heads are mixed before the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y(x).unflatten(-1, (4, -1)).transpose(1, 2) for y in (self.q, self.k, self.v))
+        scores = self.talk((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
+
+
+class Chunked(Base):
+    """Scores of two chunks are written into one new tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.q(x), self.k(x)
+        scores = x.new_zeros(*x.shape[:2], x.shape[1])
+        scores[:, :6] = q[:, :6] @ k.mT
+        scores[:, 6:] = q[:, 6:] @ k.mT
+        return torch.softmax(scores, -1) @ self.v(x)
+
+
 class Straddling(Base):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -131,7 +155,6 @@ class LinearAttention(Base):
         (Pooling, "gate or a pooling"),
         (Classifier, "classifier"),
         (ScoresOnly, "never meet values"),
-        (WrongAxis, "never meet values"),
         (TopExperts, "router"),
         (DynamicConvolution, "dynamic convolution"),
         (LinearAttention, "linear attention"),
@@ -150,6 +173,9 @@ def test_other_softmaxes_are_reported_as_no_attention(cls: type[nn.Module], kind
     ("cls", "code"),
     [
         (HeadMask, "AR203"),
+        (WrongAxis, "AR203"),
+        (TalkingHeads, "AR203"),
+        (Chunked, "AR203"),
         (Gated, "AR203"),
         (Relu, "AR203"),
         (Straddling, "AR204"),
