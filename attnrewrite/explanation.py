@@ -12,6 +12,7 @@ import torch
 from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 from attnrewrite.passes.capture import Capture, from_program
 from attnrewrite.passes.pipeline import Pipeline
+from attnrewrite.passes.provenance import name_weights
 from attnrewrite.passes.report import Report
 from attnrewrite.passes.select import Plan
 from attnrewrite.variants import SdpaConfig, VariantConfig
@@ -33,7 +34,7 @@ def explain(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Report:
 
 def explain_program(program: torch.export.ExportedProgram) -> Report:
     """Report every attention of an exported program (a ``.pt2`` file)."""
-    return explain_capture(from_program(program))
+    return explain_capture(_named_capture(program))
 
 
 def explain_capture(capture: Capture, config: VariantConfig | None = None) -> Report:
@@ -48,7 +49,13 @@ def explain_capture(capture: Capture, config: VariantConfig | None = None) -> Re
 
 def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
     """Capture a model with torch.export. Raises CaptureError AR104, AR105."""
-    return from_program(export_model(model, args, kwargs))
+    return _named_capture(export_model(model, args, kwargs))
+
+
+def _named_capture(program: torch.export.ExportedProgram) -> Capture:
+    capture = from_program(program)
+    name_weights(capture, program)
+    return capture
 
 
 def export_model(

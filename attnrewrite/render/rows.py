@@ -103,7 +103,7 @@ def _row(site: Site) -> Row:
         site.source,
         _heads(site),
         "" if site.query_length is None else f"{site.query_length}{TIMES}{site.key_length}",
-        ", ".join([mask_text(site.mask), *(f"bias {bias}" for bias in site.bias)]),
+        ", ".join([mask_text(site.mask), *(f"bias {bias.kind or 'unknown'}" for bias in site.bias)]),
         _result(site),
         site.status,
     )
