@@ -76,16 +76,24 @@ class FactReader:
             return None
         others = [t for name, t in trails.items() if name != role and t is not None]
         ends = list(trail.linears) or trail.opaque
-        weights = [self.provenance.name(linear.weight) for linear, _ in trail.linears.values()]
+        weights = [self.provenance.name(linear.weight) for linear in trail.linears.values()]
         fused = any(node in other.linears for node in trail.linears for other in others)
-        query, key = (_weights(trails[name]) for name in ("query", "key"))
         return Projection(
             modules=list(dict.fromkeys(path for node in ends if (path := layer_path(node)))),
             weights=list(dict.fromkeys(name for name in weights if name)),
             fused=fused,
             opaque=bool(trail.opaque),
-            shared=role != "value" and bool(query) and query == key,
+            shared=role != "value" and self._shares(trails["query"], trails["key"]),
         )
+
+    def _shares(self, query: Trail | None, key: Trail | None) -> bool | None:
+        """Whether query and key are made by the same parts of the same weights."""
+        if query is None or key is None:
+            return None
+        ours, theirs = ({linear.weight for linear in trail.linears.values()} for trail in (query, key))
+        if ours != theirs or not ours - {None}:
+            return False
+        return _known(lambda: self.provenance.parts(query) == self.provenance.parts(key))
 
     def _cross(self, site: Attention, query: Trail, key: Trail) -> bool | None:
         """Whether keys come from another sequence: what their linear maps get is not what the queries' get.
@@ -93,7 +101,7 @@ class FactReader:
         Where it differs, the ways are followed back to what enters the layer: a compressed or pooled copy of the
         queries' input is the same sequence.
         """
-        ours, theirs = ([linear.source for linear, _ in trail.linears.values()] for trail in (query, key))
+        ours, theirs = ([linear.source for linear in trail.linears.values()] for trail in (query, key))
         if not ours or not theirs:
             return None
         if {_identity(x) for x in ours} & {_identity(x) for x in theirs}:
@@ -135,12 +143,6 @@ def qk_norm(query: Trail, key: Trail) -> str:
     """Return the normalisation of queries and keys; mixed where they differ or only one of them has any."""
     ours, theirs = norm(query), norm(key)
     return ours if ours == theirs else "mixed"
-
-
-def _weights(trail: Trail | None) -> set[object]:
-    """Say what makes the operand: weights, the parts taken of them, and the parts taken of what they give."""
-    linears = trail.linears.values() if trail is not None else ()
-    return {(linear.weight, linear.cuts, frozenset(cuts)) for linear, cuts in linears if linear.weight is not None}
 
 
 def _identity(node: fx.Node, depth: int = 3) -> object:

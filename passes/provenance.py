@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ _OPAQUE = re.compile(r"pack|_scaled_mm|_int_mm|fbgemm|mkldnn|^quantized|_native_
 _FIRST_ONLY = {"type_as", "expand_as", "view_as", "reshape_as", "layer_norm", "native_layer_norm", "rms_norm"}
 _FIRST_ONLY |= {"_fused_rms_norm", "group_norm", "batch_norm", "instance_norm", "attnrewrite::enter"}
 _SHAPE_ONLY = re.compile(r"^(new_|sym_|size$|numel$)|_like$")
+_BLANK = {"empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like"}
 _CUTS = {"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split"}
 
 
@@ -52,12 +54,13 @@ class Linear:
 class Trail:
     """The way back from an operand: the values passed, nearest first, and where it ends.
 
-    ``linears`` maps each linear map to the cuts made on the ways from it; ``opaque`` are operators that cannot be
-    read; ``leaves`` are inputs and parameters that were reached without any of these.
+    ``opaque`` are operators that cannot be read; ``leaves`` are inputs and parameters that were reached without any
+    linear map or such operator.
     """
 
+    start: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
-    linears: dict[fx.Node, tuple[Linear, set[tuple[str, ...]]]] = field(default_factory=dict)
+    linears: dict[fx.Node, Linear] = field(default_factory=dict)
     opaque: list[fx.Node] = field(default_factory=list)
     leaves: list[fx.Node] = field(default_factory=list)
 
@@ -96,6 +99,8 @@ class Provenance:
             picked = results if call is node else [results[int(node.args[1])]]  # type: ignore[arg-type]  # an int by getitem
             return [x for x in picked if is_node(x)]
         name = op(node)
+        if name in _BLANK and (written := _written_into(node)):
+            return written
         if _reads_shapes(name):
             return []
         if name in _FIRST_ONLY:
@@ -183,28 +188,43 @@ class Provenance:
 
     def trail(self, start: fx.Node) -> Trail:
         """Walk from ``start`` to the linear maps that make it. Raises Unknown."""
-        trail, seen, passed = Trail(), set[tuple[fx.Node, tuple[str, ...]]](), set[fx.Node]()
-        todo = [(start, tuple[str, ...]())]
+        trail, todo, seen = Trail(start), deque([start]), {start}
         while todo:
-            state = todo.pop(0)
+            node = todo.popleft()
+            if (linear := self.linear(node)) is not None:
+                trail.linears[node] = linear
+                continue
+            trail.nodes.append(node)
+            opaque = self.opaque(node)
+            carriers = [] if opaque or self._learned_table(node) else self.carriers(node)
+            if opaque:
+                trail.opaque.append(node)
+            elif not carriers:
+                trail.leaves.append(node)
+            new = [x for x in dict.fromkeys(carriers) if x not in seen]
+            seen.update(new)
+            todo += new
+            if len(seen) > MAX_STEPS:
+                raise Unknown(start)
+        return trail
+
+    def parts(self, trail: Trail) -> set[tuple[fx.Node | None, tuple[str, ...], tuple[str, ...]]]:
+        """Say what makes an operand: weights, how they are cut, and how what they give is cut. Raises Unknown."""
+        found, seen = set(), set[tuple[fx.Node, tuple[str, ...]]]()
+        todo = deque([(trail.start, tuple[str, ...]())])
+        while todo:
+            state = todo.popleft()
             if state in seen:
                 continue
             seen.add(state)
             if len(seen) > MAX_STEPS:
-                raise Unknown(start)
+                raise Unknown(trail.start)
             node, cuts = state
-            if (linear := self.linear(node)) is not None:
-                trail.linears.setdefault(node, (linear, set()))[1].add(cuts)
-                continue
-            ends = self.opaque(node) or self._learned_table(node)
-            carriers = [] if ends else self.carriers(node)
-            if node not in passed:
-                passed.add(node)
-                trail.nodes.append(node)
-                if ends or (node.op == "placeholder" and not carriers) or node.op == "get_attr":
-                    (trail.opaque if self.opaque(node) else trail.leaves).append(node)
-            todo += [(x, cuts + cut(node)) for x in carriers]
-        return trail
+            if (linear := trail.linears.get(node)) is not None:
+                found.add((linear.weight, linear.cuts, cuts))
+            elif node not in trail.opaque and node not in trail.leaves:
+                todo += [(x, cuts + cut(node)) for x in self.carriers(node)]
+        return found
 
     def name(self, node: fx.Node | None) -> str | None:
         """Return a weight's qualified name in the model, or None."""
@@ -246,6 +266,15 @@ def cut(node: fx.Node) -> tuple[str, ...]:
     if is_node(source) and tensor(node) is not None and shape(node) == shape(source):
         return ()
     return (f"{op(node)}{node.args[1:]}",)
+
+
+def _written_into(node: fx.Node) -> list[fx.Node]:
+    """Return what is copied in place into parts of a blank tensor."""
+    found, todo = list[fx.Node](), [user for user in node.users if op(user) in _CUTS]
+    for view in todo:
+        found += [u.args[1] for u in view.users if op(u) == "copy" and u.args[0] is view and is_node(u.args[1])]
+        todo += [u for u in view.users if op(u) in _CUTS and len(todo) < 16]
+    return found
 
 
 @functools.cache

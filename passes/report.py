@@ -75,7 +75,7 @@ class Projection:
     weights: list[str] = field(default_factory=list)
     fused: bool = False
     opaque: bool = False
-    shared: bool = False
+    shared: bool | None = False
 
 
 @dataclass

@@ -114,7 +114,7 @@ def _takes_part(node: fx.Node) -> bool:
 def _leaves(node: fx.Node, inside: set[fx.Node], role: str) -> bool:
     """Whether ``node`` is used outside. What is computed from scores only to be used inside, as a maximum, is not."""
     steps = 4 if role in ("scores", "probs") else 0
-    return any(user not in inside and _is_use(user) and not _returns(user, inside, steps) for user in node.users)
+    return any(user not in inside and _is_use(user, node) and not _returns(user, inside, steps) for user in node.users)
 
 
 def _returns(node: fx.Node, inside: set[fx.Node], steps: int) -> bool:
@@ -125,11 +125,15 @@ def _returns(node: fx.Node, inside: set[fx.Node], steps: int) -> bool:
     )
 
 
-def _is_use(user: fx.Node) -> bool:
+def _is_use(user: fx.Node, node: fx.Node, steps: int = 4) -> bool:
     """Whether ``user`` does something with the values: not their shapes only, and not for nothing."""
     if user.op == "output":
         return True
+    if op(user) in WRITES and user.args[0] is node:
+        return bool(user.users)
     schema = getattr(user.target, "_schema", None)
     if schema is not None and schema.is_mutable:
         return True
+    if op(user) in _VIEWS and steps > 0:
+        return any(_is_use(further, user, steps - 1) for further in user.users)
     return bool(user.users) and not isinstance(user.meta.get("val"), torch.SymInt | int)
