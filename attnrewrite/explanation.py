@@ -11,8 +11,8 @@ import torch
 
 from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 from attnrewrite.passes.capture import Capture, from_program
+from attnrewrite.passes.names import name_weights
 from attnrewrite.passes.pipeline import Pipeline
-from attnrewrite.passes.provenance import name_weights
 from attnrewrite.passes.report import Report
 from attnrewrite.passes.select import Plan
 from attnrewrite.variants import SdpaConfig, VariantConfig

@@ -101,7 +101,7 @@ class BiasReader:
 
 
 def is_alibi(grid: torch.Tensor, length: int) -> bool:
-    """Whether ``grid`` [B|1, H|1, L|1, S|1] is linear in the key's distance with one slope per head, not all equal to 0.
+    """Whether ``grid`` [B|1, H|1, L|1, S|1] is linear in the key's distance, with one slope per head, not all 0.
 
     What a row has in common cancels in the softmax, so only steps from key to key count. Distances may have a sign or
     not (``|j - i|``); what is filled out, as in a mask joined with the bias, does not count.

@@ -13,6 +13,7 @@ from attnrewrite.passes.axes import ALIASES, RESHAPES
 from attnrewrite.passes.biases import BiasReader
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.graph import common_layer, is_node, layer_path, op, tensor
+from attnrewrite.passes.names import weight_name
 from attnrewrite.passes.norms import norm
 from attnrewrite.passes.provenance import Provenance, Trail, Unknown
 from attnrewrite.passes.report import Bias, Projection, Site
@@ -64,7 +65,7 @@ class FactReader:
         term = site.visibility.bias[number]
         kind, trainable = _known(lambda: self.biases.read(site, term)) or (None, None)
         value = tensor(term.node)
-        sizes = [] if value is None else [n if isinstance(n, int) else str(n) for n in value.shape]
+        sizes: list[int | str] = [] if value is None else [n if isinstance(n, int) else str(n) for n in value.shape]
         return Bias(kind, sizes, trainable)
 
     def _projection(self, role: str, trails: dict[str, Trail | None]) -> Projection | None:
@@ -76,7 +77,7 @@ class FactReader:
             return None
         others = [t for name, t in trails.items() if name != role and t is not None]
         ends = list(trail.linears) or trail.opaque
-        weights = [self.provenance.name(linear.weight) for linear in trail.linears.values()]
+        weights = [weight_name(linear.weight, self.capture) for linear in trail.linears.values()]
         fused = any(node in other.linears for node in trail.linears for other in others)
         return Projection(
             modules=list(dict.fromkeys(path for node in ends if (path := layer_path(node)))),

@@ -17,7 +17,7 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 def op(node: object) -> str:
     """Return the ATen op's base name without the trailing underscore of in-place forms, or "" for anything else."""
     if isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload):
-        return _base_name(node.target.name())
+        return _base_name(node.target.name())  # type: ignore[no-untyped-call]  # it returns a str
     return ""
 
 

@@ -21,6 +21,8 @@ _LENGTHS = {"linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm", "sum"
 _SPREADS = {"var", "std", "var_mean", "std_mean"}
 _ROOTS = {"rsqrt", "sqrt", "pow", "reciprocal", "add", "clamp", "clamp_min", "maximum", "max", "unsqueeze", "expand"}
 _ROOTS |= {"expand_as", "view", "reshape", "mul", *CASTS}
+_INVERSES, _HALVES = {"rsqrt", "reciprocal", "pow"}, {"rsqrt", "sqrt", "pow"}
+_ROOTED = {"linalg_vector_norm", "norm", "linalg_norm", "frobenius_norm", "std", "std_mean"}
 _SQUARES = {"pow", "square", "mul", "abs", "sub", *CASTS}
 
 
@@ -40,8 +42,11 @@ def _written_out(node: fx.Node) -> Norm | None:
     sides = [x for x in node.args[:2] if is_node(x)]
     pairs = [(sides[0], sides[1]), (sides[1], sides[0])] if len(sides) == 2 else []
     for value, factor in pairs[: 1 if op(node) == "div" else 2]:
-        reduction = _reduction(factor)
+        reduction, roots = _reduction(factor)
         if reduction is None or not _computed_from(reduction, _uncast(value)):
+            continue
+        inverse = op(node) == "div" or roots & _INVERSES
+        if not inverse or not (roots & _HALVES or op(reduction) in _ROOTED):
             continue
         if op(reduction) in _LENGTHS:
             return "l2"
@@ -50,16 +55,18 @@ def _written_out(node: fx.Node) -> Norm | None:
     return None
 
 
-def _reduction(factor: fx.Node) -> fx.Node | None:
-    """Return the mean, sum or norm that ``factor`` is a root of."""
+def _reduction(factor: fx.Node) -> tuple[fx.Node | None, set[str]]:
+    """Return the mean, sum or norm that ``factor`` is a root of, and the steps between them."""
+    steps = set[str]()
     for _ in range(12):
         if op(factor) in _LENGTHS | _SPREADS | {"mean"}:
-            return factor
+            return factor, steps
         before = [x for x in factor.args[:2] if is_node(x)]
         if op(factor) not in _ROOTS or not before:
-            return None
+            break
+        steps.add(op(factor))
         factor = before[0]
-    return None
+    return None, steps
 
 
 def _computed_from(reduction: fx.Node, value: fx.Node) -> bool:

@@ -9,18 +9,13 @@ import functools
 import operator
 import re
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.passes.capture import Capture, bodies
-from attnrewrite.passes.graph import WEIGHT, clean_path, is_node, op, shape, tensor
-
-NAME = "attnrewrite_name"
-"""Meta key of the placeholders whose qualified name in the model is known."""
+from attnrewrite.passes.graph import WEIGHT, is_node, op, shape, tensor
 
 MAX_STEPS = 400
 _DEPTH = 120
@@ -32,7 +27,6 @@ _OPAQUE = re.compile(r"pack|_scaled_mm|_int_mm|fbgemm|mkldnn|^quantized|_native_
 _FIRST_ONLY = {"type_as", "expand_as", "view_as", "reshape_as", "layer_norm", "native_layer_norm", "rms_norm"}
 _FIRST_ONLY |= {"_fused_rms_norm", "group_norm", "batch_norm", "instance_norm", "attnrewrite::enter"}
 _SHAPE_ONLY = re.compile(r"^(new_|sym_|size$|numel$)|_like$")
-_BLANK = {"empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like"}
 _CUTS = {"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split"}
 
 
@@ -99,7 +93,7 @@ class Provenance:
             picked = results if call is node else [results[int(node.args[1])]]  # type: ignore[arg-type]  # an int by getitem
             return [x for x in picked if is_node(x)]
         name = op(node)
-        if name in _BLANK and (written := _written_into(node)):
+        if name in BLANK and (written := _written_into(node)):
             return written
         if _reads_shapes(name):
             return []
@@ -226,34 +220,13 @@ class Provenance:
                 todo += [(x, cuts + cut(node)) for x in self.carriers(node)]
         return found
 
-    def name(self, node: fx.Node | None) -> str | None:
-        """Return a weight's qualified name in the model, or None."""
-        for _ in range(8):
-            if node is None or node not in self.capture.bindings:
-                break
-            node = self.capture.bindings[node]
-        if node is None:
-            return None
-        if node.op == "get_attr" or NAME in node.meta:
-            return str(node.meta.get(NAME, node.target))
-        source: Any = getattr(getattr(node, "_dynamo_source", None), "name", None)
-        name = source() if callable(source) else source
-        return clean_path(re.sub(r"\._(?:parameters|buffers)\['(.+?)'\]", r".\1", name)) if name else None
-
 
 WRITES = {"index_copy", "index_put", "_index_put_impl", "_unsafe_index_put", "slice_scatter", "select_scatter"}
 WRITES |= {"scatter", "copy"}
 """Operators that write a part of a tensor."""
 
-
-def name_weights(capture: Capture, program: torch.export.ExportedProgram) -> None:
-    """Note on the placeholders of ``capture`` which parameter or buffer of the model each one is."""
-    signature = program.graph_signature
-    names: Mapping[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    given = program.graph.find_nodes(op="placeholder")
-    for old, new in zip(given, capture.module.graph.find_nodes(op="placeholder"), strict=True):
-        if old.name in names:
-            new.meta[NAME] = names[old.name]
+BLANK = {"empty", "new_empty", "empty_like", "zeros", "new_zeros", "zeros_like"}
+"""Operators that make a tensor to be filled."""
 
 
 def cut(node: fx.Node) -> tuple[str, ...]:

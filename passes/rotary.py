@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -15,9 +15,11 @@ from attnrewrite.passes.softmax import CASTS
 
 Rope = Literal["none", "half", "interleaved", "other"]
 Piece = tuple[Literal["half", "interleaved"], int]
+"""Features of a value: a run of them that begins at a number, or every second one from 0 or 1 on."""
 
 _LINEAR_STEPS = {"neg", "mul", "add", "sub", "unsqueeze", "squeeze", "contiguous", "clone", *CASTS, *RESHAPES}
 _MOVES = {"unsqueeze", "squeeze", "contiguous", "clone", "transpose", "permute", *CASTS, *RESHAPES}
+_SPLITS = {"chunk", "split", "split_with_sizes", "tensor_split", "unsafe_split"}
 _TURNS = {"cos", "sin", "polar"}
 
 
@@ -40,26 +42,27 @@ def rope(trail: Trail, provenance: Provenance) -> tuple[Rope, Any]:
 
 
 def _joined(node: fx.Node, trail: Trail, provenance: Provenance) -> tuple[Rope, fx.Node, Any] | None:
-    """Read a cat or stack of two parts whose features were swapped and multiplied by tables."""
+    """Read a cat or stack of two parts whose features were swapped and multiplied by tables; a rest may follow."""
     parts = node.args[0] if op(node) in ("cat", "stack") else None
-    if not isinstance(parts, list | tuple) or len(parts) != 2:
+    if not isinstance(parts, list | tuple) or not 2 <= len(parts) <= 3:
         return None
-    read = [_parts(part, provenance) for part in parts]
-    sources = {source for found, _ in read for source, _ in found}
+    read = [_parts(part, provenance) for part in parts[:2]]
     pieces = [{piece for _, piece in found} for found, _ in read]
-    kinds = {kind for found in pieces for kind, _ in found}
-    if len(sources) != 1 or len(kinds) != 1 or not all(pieces) or pieces[0] == {(next(iter(kinds)), 0)}:
+    every = sorted(pieces[0] | pieces[1])
+    sources = {source for found, _ in read for source, _ in found}
+    if len(sources) != 1 or len(every) != 2 or not all(pieces) or pieces[0] == {every[0]}:
         return None
-    multiplied = any(by for _, by in read) or _multiplied(node, trail, provenance)
-    if not multiplied:
+    source, width = sources.pop(), shape(parts[0])[-1]
+    (kind, first), (other, second) = every
+    if kind != other or not same(second - first, 1 if kind == "interleaved" else width):
         return None
-    source, kind = sources.pop(), cast(Rope, kinds.pop())
-    width = shape(parts[0])[-1]
-    width = shape(source)[-1] if same(width, 1) else width * 2
+    if not (any(by for _, by in read) or _multiplied(node, trail, provenance)):
+        return None
     neighbours = op(node) == "stack" and int(argument(node, 1, "dim", 0)) % len(shape(node)) == len(shape(node)) - 1
+    turned: Rope = kind
     if kind == "half":
-        kind = "other" if neighbours else "interleaved" if _deinterleaved(source) else "half"
-    return kind, source, width
+        turned = "other" if neighbours else "interleaved" if _deinterleaved(source) else "half"
+    return turned, source, shape(source)[-1] if same(width, 1) and kind == "interleaved" else width * 2
 
 
 def _parts(part: object, provenance: Provenance) -> tuple[set[tuple[fx.Node, Piece]], bool]:
@@ -81,52 +84,52 @@ def _parts(part: object, provenance: Provenance) -> tuple[set[tuple[fx.Node, Pie
 
 
 def _piece(node: fx.Node) -> tuple[fx.Node, Piece] | None:
-    """Read ``node`` as one of two equal parts of the features: a half, or every second one."""
+    """Read ``node`` as a run of features, or every second one."""
     picked = node.args[1] if node.target is operator.getitem else None
     part = node.args[0] if picked is not None else node
     source = _unsliced(part.args[0]) if is_node(part) and part.args else None
-    if not is_node(part) or not is_node(source) or tensor(source) is None:
+    if not is_node(part) or not is_node(source) or tensor(source) is None or tensor(node) is None:
         return None
     rank, name = len(shape(source)), op(part)
-    if name == "select":
-        dim, index = int(argument(part, 1, "dim", 0)) % rank, argument(part, 2, "index")
-    elif name in ("chunk", "split", "split_with_sizes", "tensor_split", "unsafe_split"):
-        dim, index = int(argument(part, 2, "dim", 0)) % rank, picked
-    elif name == "unbind":
-        dim, index = int(argument(part, 1, "dim", 0)) % rank, picked
-    elif name == "slice":
+    if name == "slice":
         return _slice(part, source)
-    else:
-        return None
-    return _of_dim(source, dim, rank, index, taken=name in ("select", "unbind"), node=node)
-
-
-def _of_dim(
-    source: fx.Node, dim: int, rank: int, index: Any, *, taken: bool, node: fx.Node
-) -> tuple[fx.Node, Piece] | None:
-    if index not in (0, 1, -1, -2):
-        return None
-    width, number = shape(source)[dim], int(index) % 2
-    if same(width, 2) and dim == rank - 1 and (taken or op(source) in RESHAPES):
-        return _behind(source), ("interleaved", number)
-    if same(width, 2) and taken and dim == rank - 2:
-        return _behind(source), ("half", number)
-    if not taken and dim == rank - 1 and tensor(node) is not None and same(shape(node)[-1] * 2, width):
-        return source, ("half", number)
+    if name == "select":
+        return _taken(source, int(argument(part, 1, "dim", 0)) % rank, argument(part, 2, "index"))
+    if name == "unbind" and picked is not None:
+        return _taken(source, int(argument(part, 1, "dim", 0)) % rank, picked)
+    if name in _SPLITS and picked is not None and int(argument(part, 2, "dim", 0)) % rank == rank - 1:
+        sizes = argument(part, 1, "split_sizes")
+        before = sizes[: int(picked)] if isinstance(sizes, list | tuple) else [shape(node)[-1]] * int(picked)  # type: ignore[arg-type]  # an int by getitem
+        return _run(source, sum(before), node)
     return None
+
+
+def _taken(source: fx.Node, dim: int, index: Any) -> tuple[fx.Node, Piece] | None:
+    """Read one of two along an axis of size 2, which the features were viewed with."""
+    rank = len(shape(source))
+    if not same(shape(source)[dim], 2) or index not in (0, 1, -1, -2) or dim < rank - 2:
+        return None
+    if dim == rank - 1:
+        return _behind(source), ("interleaved", int(index) % 2)
+    return _behind(source), ("half", int(index) % 2 * shape(source)[-1])
 
 
 def _slice(node: fx.Node, source: fx.Node) -> tuple[fx.Node, Piece] | None:
     dim, rank = int(argument(node, 1, "dim", 0)) % len(shape(source)), len(shape(source))
     width, step = shape(source)[-1], argument(node, 4, "step", 1)
     start = argument(node, 2, "start", 0) or 0
-    if dim != rank - 1 or not same(shape(node)[-1] * 2, width):
+    if dim != rank - 1 or not isinstance(start, int):
         return None
     if step == 2 and start in (0, 1):
-        return source, ("interleaved", int(start))
-    if same(width, 2) and op(source) in RESHAPES:
-        return _behind(source), ("interleaved", 0 if start in (0, -2) else 1)
-    return (source, ("half", 0 if start == 0 else 1)) if step == 1 else None
+        return source, ("interleaved", start)
+    return _run(source, start % width if start < 0 else start, node) if step == 1 else None
+
+
+def _run(source: fx.Node, start: Any, node: fx.Node) -> tuple[fx.Node, Piece] | None:
+    """Read ``node``, the features of ``source`` from ``start`` on: half of a viewed pair is every second feature."""
+    if same(shape(source)[-1], 2) and same(shape(node)[-1], 1) and op(source) in RESHAPES:
+        return _behind(source), ("interleaved", start)
+    return source, ("half", start)
 
 
 def _behind(node: fx.Node) -> fx.Node:
@@ -171,7 +174,7 @@ def _multiplied(node: fx.Node, trail: Trail, provenance: Provenance) -> bool:
 
 
 def _deinterleaved(source: fx.Node) -> bool:
-    """Whether the halves of ``source`` are the even and the odd features: ``view(.., D/2, 2)`` with the axes swapped."""
+    """Whether the halves of ``source`` are the even and odd features: ``view(.., D/2, 2)`` with the axes swapped."""
     for _ in range(4):
         name, before = op(source), source.args[0] if source.args else None
         if not is_node(before) or tensor(before) is None:

@@ -10,20 +10,23 @@ from torch import fx
 from attnrewrite.passes.attention import Attention, Operand
 from attnrewrite.passes.axes import ALIASES, RESHAPES, flat, same, symbols
 from attnrewrite.passes.graph import WEIGHT, argument, is_node, op, shape, tensor
-from attnrewrite.passes.provenance import WRITES, Provenance, Trail
+from attnrewrite.passes.provenance import BLANK, WRITES, Provenance, Trail
 
 Cache = Literal["none", "cat", "index_copy"]
 
 _VIEWS = {*ALIASES, *RESHAPES, "permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "expand", "slice", "select"}
 _MOVES = _VIEWS | {"to", "_to_copy", "index_select", "index", "narrow", "repeat_interleave"}
 
+_INDEXED = {"index_copy", "index_put", "_index_put_impl"}
+
 
 def cache(key: Trail, provenance: Provenance) -> Cache:
-    """Say how keys of earlier calls join the keys: cat (they are joined), index_copy (they are written over), or not."""
+    """Say how earlier keys are kept: cat (new ones are joined to them), index_copy (written among them), or none."""
     for node in key.nodes:
         if op(node) == "cat" and _grows(node, provenance):
             return "cat"
-        if op(node) in WRITES and node.args and _is_state(node.args[0], provenance):
+        blank = op(node) in _INDEXED and op(node.args[0]) in BLANK  # a cache that begins here
+        if op(node) in WRITES and (blank or _is_state(node.args[0], provenance)):
             return "index_copy"
         if _is_state(node, provenance) and _is_written(node):
             return "index_copy"
