@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, TypeGuard
 
@@ -16,14 +17,14 @@ _FRAME = re.compile(r'File "(.+?)", line (\d+)')
 def op(node: object) -> str:
     """Return the ATen op's base name without the trailing underscore of in-place forms, or "" for anything else."""
     if isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload):
-        name = node.target._schema.name.removeprefix("aten::")
-        return name.removesuffix("_") if _is_inplace(node.target) else name
+        return _base_name(node.target.name())  # type: ignore[no-untyped-call]  # it returns a str
     return ""
 
 
-def _is_inplace(target: torch._ops.OpOverload) -> bool:
-    name = target._schema.name
-    return name.endswith("_") and not name.endswith("__")
+@functools.cache
+def _base_name(name: str) -> str:
+    base = name.removeprefix("aten::").partition(".")[0]
+    return base.removesuffix("_") if base.endswith("_") and not base.endswith("__") else base
 
 
 def is_node(value: object) -> TypeGuard[fx.Node]:

@@ -66,7 +66,7 @@ def match(capture: Capture) -> Found:
 
 
 def _verdict(failure: Reject | AxisError, anchor: fx.Node, softmax: Softmax | None) -> Reject:
-    """Return why an anchor was not matched; an attention whose form is not read is refused, not called another thing."""
+    """Return why an anchor was not matched; attention whose form is not read is refused, not called another thing."""
     if not isinstance(failure, Reject):
         return Reject("AR203", str(failure), anchor)
     if failure.code != "AR202" or softmax is None or not is_attention_like(softmax):

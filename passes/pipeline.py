@@ -17,6 +17,7 @@ from attnrewrite.passes.attention import Attention, Reject
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.certificate import Prover
 from attnrewrite.passes.extract import of_anchor, of_site
+from attnrewrite.passes.facts import FactReader
 from attnrewrite.passes.graph import source_line
 from attnrewrite.passes.lower import Lowering
 from attnrewrite.passes.match import Found, match
@@ -48,7 +49,8 @@ class Pipeline:
         report = Report(entry=capture.entry)
         with timed(report, "match"):
             found = match(capture)
-        rows = [self._row(site, report) for site in found.attentions]
+        reader = FactReader(capture)
+        rows = [self._row(site, report, reader) for site in found.attentions]
         report.sites = rows + [refused_row(row) for _, row in found.refused]
         if self.draw:
             extracts = [*map(of_site, found.attentions), *(of_anchor(anchor) for anchor, _ in found.refused)]
@@ -106,8 +108,9 @@ class Pipeline:
         ]
         return report, assumed
 
-    def _row(self, site: Attention, report: Report) -> Site:
-        row = describe(site)
+    def _row(self, site: Attention, report: Report, reader: FactReader) -> Site:
+        with timed(report, "describe"):
+            row = describe(site, reader)
         if self.verify:
             with timed(report, "prove"):
                 wrong = self.prover.prove(site)
@@ -200,11 +203,10 @@ def refused_row(rejection: Rejection) -> Site:
     return Site(rejection.layer, rejection.source, "rejected", rejections=[rejection])
 
 
-def describe(site: Attention) -> Site:
+def describe(site: Attention, reader: FactReader) -> Site:
     """Write a matched site down as plain data."""
     sizes = {k: v if isinstance(v, int) else str(v) for k, v in site.sizes().items()}
-    bias = [f"{t.kind} {list(t.node.meta['val'].shape)}".replace("'", "") for t in site.visibility.bias]
-    return Site(
+    row = Site(
         layer=site.layer,
         source=site.source,
         status="matched",
@@ -216,11 +218,12 @@ def describe(site: Attention) -> Site:
         query_length=sizes["L"],
         key_length=sizes["S"],
         mask=site.visibility.facts,
-        bias=bias,
         scale=site.scores.alpha,
         softcap=site.scores.softcap,
         dropout=site.dropout,
     )
+    reader.fill(site, row)
+    return row
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Status = Literal["rewritten", "matched", "rejected", "skipped"]
 """rewritten: replaced in the graph; matched: recognised and proved, left as it is; rejected: see `rejections`;
@@ -75,13 +75,52 @@ class Drawing:
 
 
 @dataclass
+class Bias:
+    """An additive term on the scores that is no mask.
+
+    ``kind``: alibi (linear in the key's distance, one slope per head), relative (gathered from a learned table by
+    positions), static (positions or parameters only, in another way), data (depends on the inputs). ``trainable``:
+    whether it depends on parameters. None: not known.
+    """
+
+    kind: str | None
+    shape: list[int | str]
+    trainable: bool | None = None
+
+
+@dataclass
+class Projection:
+    """What makes a query, key or value.
+
+    ``modules`` are the paths of its linear maps, ``weights`` the names of their weights. ``fused``: a linear map also
+    gives another one of query, key and value. ``opaque``: it comes from an operator that is no linear map, such as a
+    quantised or custom one. ``shared``: query and key are made by the same weight.
+    """
+
+    modules: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    fused: bool = False
+    opaque: bool = False
+    shared: bool | None = False
+
+
+@dataclass
 class Site:
     """One attention found in the model, addressed by layer path and source line.
 
     ``heads`` H, ``kv_heads`` Hkv, ``head_dim`` D, ``value_dim`` Dv, ``query_length`` L and ``key_length`` S are ints,
     or strings such as ``s0`` where the size is symbolic. ``spelling`` tags how the model writes this attention.
-    ``bias`` tells additive terms that are no mask. ``certificate`` is "proved", "failed" or "not run". ``before`` and
+    ``certificate`` is "proved", "failed" or "not run". ``before`` and
     ``after`` are keys of the report's ``drawings``; ``after`` is "" where the site stays as written.
+
+    Facts that are None are not known. ``dtype`` is the query's, ``softmax_dtype`` what the softmax runs in.
+    ``empty_row``: what a row without visible keys gives, zero, nan or uniform (the mean of all values). ``sink``: a
+    further column takes weight and gives no value. ``gated``: a factor scales the output per query. ``qk_norm``: how
+    queries and keys are normalised behind their projections: none, layer, rms, l2, other, or mixed where they differ.
+    ``rope``: none, half (feature n turns with n + D/2), interleaved (2n with 2n + 1) or other; ``rope_dims`` of the D
+    features turn. ``projections`` maps query, key and value to what makes them. ``cross``: keys come from another
+    sequence than queries. ``cache``: none, cat (keys are joined to earlier ones) or index_copy (written over a part
+    of them). ``other_users``: which of scores, probs, key and value are also used outside of the attention.
     """
 
     layer: str
@@ -96,10 +135,22 @@ class Site:
     query_length: int | str | None = None
     key_length: int | str | None = None
     mask: Mask = field(default_factory=Mask)
-    bias: list[str] = field(default_factory=list)
+    bias: list[Bias] = field(default_factory=list)
     scale: float | str | None = None
     softcap: float | None = None
     dropout: float = 0.0
+    dtype: str | None = None
+    softmax_dtype: str | None = None
+    empty_row: str | None = None
+    sink: bool | None = None
+    gated: bool | None = None
+    qk_norm: str | None = None
+    rope: str | None = None
+    rope_dims: int | str | None = None
+    projections: dict[str, Projection | None] = field(default_factory=dict)
+    cross: bool | None = None
+    cache: str | None = None
+    other_users: list[str] | None = None
     variant: str = ""
     implementation: str = ""
     config: dict[str, Any] = field(default_factory=dict)
@@ -180,4 +231,6 @@ def _drawing(data: dict[str, Any]) -> Drawing:
 
 def _site(data: dict[str, Any]) -> Site:
     rejections = [Rejection(**r) for r in data["rejections"]]
-    return Site(**{**data, "mask": Mask(**data["mask"]), "rejections": rejections})
+    bias = [Bias(**b) for b in data["bias"]]
+    made = {role: p and Projection(**p) for role, p in data["projections"].items()}
+    return Site(**{**data, "mask": Mask(**data["mask"]), "rejections": rejections, "bias": bias, "projections": made})

@@ -39,10 +39,14 @@ def groups(report: Report) -> list[Group]:
     return [*found.values(), *_others(report.rejections)]
 
 
+_PLACES = ("layer", "graph", "rejections", "projections")
+"""Fields of a site that hold paths of its own."""
+
+
 def _key(row: Row, site: Site) -> object:
     """Tell what is shown of a site, but for its layer."""
     reasons = [(r.code, r.detail, r.source) for r in site.rejections]
-    facts = {name: value for name, value in vars(site).items() if name not in ("layer", "graph", "rejections")}
+    facts = {name: value for name, value in vars(site).items() if name not in _PLACES}
     return repr((row.source, row.result, reasons, facts))
 
 

@@ -98,12 +98,15 @@ def _span(indices: list[int]) -> str:
 
 
 def _row(site: Site) -> Row:
+    biases = [f"bias {bias.kind or 'unknown'}" for bias in site.bias]
     return Row(
         site.layer or "(top level)",
         site.source,
         _heads(site),
         "" if site.query_length is None else f"{site.query_length}{TIMES}{site.key_length}",
-        "" if site.heads is None else ", ".join([mask_text(site.mask), *(f"bias {bias}" for bias in site.bias)]),
+        ""
+        if site.heads is None
+        else ", ".join([mask_text(site.mask), *(f"bias {b.kind or 'unknown'}" for b in site.bias)]),
         _result(site),
         site.status,
     )
@@ -122,6 +125,27 @@ def mask_text(mask: Mask) -> str:
     if mask.window is not None:
         text = text.replace("window", f"window {mask.window}")
     return f"{text} {mask.offset:+d}" if mask.offset else text
+
+
+def facts_text(site: Site) -> str:
+    """Say what is special about the site: ``rope 64, qk-norm rms, fused qkv``; nothing where it is plain."""
+    turned = f"rope {site.rope_dims}" if site.rope == "half" else f"rope {site.rope} {site.rope_dims or ''}".strip()
+    made = [p for p in site.projections.values() if p is not None]
+    narrow = site.dtype != site.softmax_dtype
+    facts = {
+        turned: site.rope not in (None, "none"),
+        f"qk-norm {site.qk_norm}": site.qk_norm not in (None, "none"),
+        "cross": site.cross,
+        "fused qkv": len(made) == 3 and all(p.fused for p in made),
+        "opaque projection": any(p.opaque for p in made),
+        "shared qk": any(p.shared for p in made),
+        "sink": site.sink,
+        "gated": site.gated,
+        f"cache {site.cache}": site.cache not in (None, "none"),
+        f"softmax in {site.softmax_dtype}": narrow,
+        f"{', '.join(site.other_users or [])} used again": site.other_users,
+    }
+    return ", ".join(text for text, holds in facts.items() if holds)
 
 
 def _result(site: Site) -> str:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrewrite.passes.report import Report, Site
-from attnrewrite.render.rows import TIMES, duration, rejections, rows, short_source
+from attnrewrite.render.rows import TIMES, duration, facts_text, rejections, rows, short_source
 
 STYLES = {"rewritten": "green", "matched": "green", "rejected": "red", "skipped": "dim"}
 
@@ -26,8 +26,9 @@ def plain_text(report: Report) -> str:
 def text_view(report: Report, *, verbose: bool = False, only: str | None = None) -> RenderableType:
     """Lay out the report: a header, the sites, then each rejection with the nearest accepted form and a hint.
 
-    Without ``verbose`` layers that read alike are folded into one row and sources lose their folders.
-    ``only`` keeps what ``Report.only`` keeps; the header counts everything.
+    Without ``verbose`` layers that read alike are folded into one row and sources lose their folders; with it, there
+    is a column of what is special about each site. ``only`` keeps what ``Report.only`` keeps; the header counts
+    everything.
     """
     shown = report.only(only)
     parts: list[RenderableType] = [header(report)]
@@ -59,11 +60,15 @@ def _table(sites: list[Site], verbose: bool) -> Table:
     table.add_column("source", overflow="fold")
     for name in ("heads", f"L{TIMES}S", "mask"):
         table.add_column(name)
+    facts = [facts_text(site) for site in sites] if verbose else []
+    if any(facts):
+        table.add_column("facts", overflow="fold")
     table.add_column("result", overflow="fold")
-    for row in rows(sites, fold=not verbose):
+    for number, row in enumerate(rows(sites, fold=not verbose)):
         source = row.source if verbose else short_source(row.source)
         result = Text(row.result, style=STYLES[row.status])
-        table.add_row(Text(row.layer), Text(source), row.heads, row.lengths, Text(row.mask), result)
+        special = [Text(facts[number])] if any(facts) else []
+        table.add_row(Text(row.layer), Text(source), row.heads, row.lengths, Text(row.mask), *special, result)
     return table
 
 

@@ -10,7 +10,7 @@ def test_explain_finds_every_layer(run_json, folder, attention):
     assert code == 0
     assert [site["layer"] for site in data["sites"]] == [f"model.layers.{n}.self_attn" for n in (0, 1)]
     assert {site["status"] for site in data["sites"]} == {"matched"}
-    assert (data["model"], data["schema_version"]) == ("tiny-llama", 1)
+    assert (data["model"], data["schema_version"]) == ("tiny-llama", 2)
 
 
 def test_explain_for_people(run, folder, tmp_path):

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from attnrewrite.passes.report import Box, Drawing, Mask, Rejection, Report, Site
+from attnrewrite.passes.report import Bias, Box, Drawing, Mask, Projection, Rejection, Report, Site
 from attnrewrite.render.html import html_view, write_html, write_text
 from attnrewrite.render.layout import picture
 from attnrewrite.render.rows import fold_paths, mask_text, rows
@@ -68,6 +68,17 @@ def test_verbose_text_has_every_site_and_the_whole_source(report):
     assert text.count("self_attn  ") >= 30
     assert SOURCE in text
     assert "capture 2.3 s · match 41 ms" in text
+
+
+def test_verbose_text_says_what_is_special_about_a_site():
+    made = dict.fromkeys(("query", "key", "value"), Projection(["qkv"], ["qkv.weight"], fused=True))
+    facts = {"rope": "half", "rope_dims": 64, "qk_norm": "rms", "dtype": "bfloat16", "softmax_dtype": "float32"}
+    facts |= {"projections": made, "cross": False, "cache": "cat", "other_users": ["probs"], "sink": True}
+    biased = site("layers.0.attn", bias=[Bias("alibi", [1, 9, 1, 32])], **facts)
+    text = printed(text_view(Report("m", "", [biased, site("layers.1.attn")]), verbose=True), width=240)
+    assert "rope 64, qk-norm rms, fused qkv, sink, cache cat, softmax in float32, probs used again" in text
+    assert "causal, bias alibi" in text
+    assert "facts" not in printed(text_view(Report("m", "", [site("layers.1.attn")]), verbose=True))
 
 
 def test_only_keeps_one_status(report):
