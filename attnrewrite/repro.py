@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.constants import NUMBER
 from attnrewrite.passes.extract import Extract, of_anchor, of_site, onwards
-from attnrewrite.passes.graph import is_weight, tensor
+from attnrewrite.passes.graph import NUMBER, is_weight, tensor
 from attnrewrite.passes.match import Found
 from attnrewrite.passes.report import Report, Site
 

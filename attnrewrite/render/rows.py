@@ -104,9 +104,7 @@ def _row(site: Site) -> Row:
         site.source,
         _heads(site),
         "" if site.query_length is None else f"{site.query_length}{TIMES}{site.key_length}",
-        ""
-        if site.heads is None
-        else ", ".join([mask_text(site.mask), *(f"bias {b.kind or 'unknown'}" for b in site.bias)]),
+        "" if site.heads is None else ", ".join([mask_text(site.mask), *biases]),
         _result(site),
         site.status,
     )
