@@ -15,7 +15,13 @@ from attnrewrite import Backend
 from attnrewrite.passes.report import Report, Site
 
 CASES = [
-    pytest.param(family, impl, pad, id=f"{family.name}-{impl}-{'padded' if pad else 'whole'}")
+    pytest.param(
+        family,
+        impl,
+        pad,
+        id=f"{family.name}-{impl}-{'padded' if pad else 'whole'}",
+        marks=pytest.mark.slow if impl == "sdpa" and not pad and family.padded else (),
+    )
     for family in FAMILIES
     for impl in family.implementations
     for pad in ((False, True) if family.padded else (False,))

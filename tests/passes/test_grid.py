@@ -29,7 +29,7 @@ import attnrewrite
 from attnrewrite.passes.report import Report
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-SPREAD = 11
+SPREAD = 23
 """One in so many rows of the grid runs in every change; `make test-all` runs them all."""
 
 ROWS = [
