@@ -77,11 +77,13 @@ class FactReader:
             return None
         others = [t for name, t in trails.items() if name != role and t is not None]
         ends = list(trail.linears) or trail.opaque
-        weights = [weight_name(linear.weight, self.capture) for linear in trail.linears.values()]
+        weights = [linear.weight for linear in trail.linears.values()]
+        weights += [found[0] for x in _inputs(trail.opaque) if (found := self.provenance.weight(x)) is not None]
+        names = [weight_name(weight, self.capture) for weight in weights]
         fused = any(node in other.linears for node in trail.linears for other in others)
         return Projection(
             modules=list(dict.fromkeys(path for node in ends if (path := layer_path(node)))),
-            weights=list(dict.fromkeys(name for name in weights if name)),
+            weights=list(dict.fromkeys(name for name in names if name)),
             fused=fused,
             opaque=bool(trail.opaque),
             shared=role != "value" and self._shares(trails["query"], trails["key"]),
@@ -102,7 +104,7 @@ class FactReader:
         Where it differs, the ways are followed back to what enters the layer: a compressed or pooled copy of the
         queries' input is the same sequence.
         """
-        ours, theirs = ([linear.source for linear in trail.linears.values()] for trail in (query, key))
+        ours, theirs = self._sources(query), self._sources(key)
         if not ours or not theirs:
             return None
         if {_identity(x) for x in ours} & {_identity(x) for x in theirs}:
@@ -112,6 +114,11 @@ class FactReader:
         if not here & there:
             return True
         return False if here == there else None
+
+    def _sources(self, trail: Trail) -> list[fx.Node]:
+        """Return what the linear maps get; learned queries stand for themselves."""
+        found = [linear.source for linear in trail.linears.values()]
+        return found or [leaf for leaf in trail.leaves if self.provenance.is_parameter(leaf)]
 
     def _entries(self, values: list[fx.Node], layer: str) -> set[object]:
         """Return the values that ``values`` are computed from and that were made outside of ``layer``."""
@@ -144,6 +151,10 @@ def qk_norm(query: Trail, key: Trail) -> str:
     """Return the normalisation of queries and keys; mixed where they differ or only one of them has any."""
     ours, theirs = norm(query), norm(key)
     return ours if ours == theirs else "mixed"
+
+
+def _inputs(nodes: list[fx.Node]) -> list[fx.Node]:
+    return [x for node in nodes for x in node.all_input_nodes]
 
 
 def _identity(node: fx.Node, depth: int = 3) -> object:

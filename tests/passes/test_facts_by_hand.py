@@ -96,6 +96,38 @@ def test_a_custom_operator_is_opaque() -> None:
 
     site = only(Custom())
     assert (made(site, "query").opaque, made(site, "key").opaque) == (True, False)
+    assert made(site, "query").weights == ["q.weight"]
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_one_weight_for_all_three(weights: bool) -> None:
+    class Multi(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(WIDTH, H, batch_first=True)
+
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            return self.attn(x, y, y, need_weights=weights)
+
+    x, y = torch.randn(B, L, WIDTH), torch.randn(B, 5, WIDTH)
+    site = only(Multi(), x, y)
+    assert (site.cross, site.other_users) == (True, ["probs"] if weights else [])
+    assert made(site, "query") == Projection(["attn"], ["attn.in_proj_weight"])
+    assert made(site, "key") == Projection(["attn"], ["attn.in_proj_weight"], fused=True)
+
+
+def test_an_adapter_is_part_of_the_projection() -> None:
+    class Adapted(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x) + 2 * self.up(self.down(x))
+            return self.attend(self.heads(q), self.heads(self.k(x)), self.heads(self.v(x)))
+
+    site = only(Adapted())
+    assert (made(site, "query").weights, site.cross) == (["q.weight", "up.weight"], False)
 
 
 def test_raw_inputs_have_no_projection() -> None:
@@ -117,6 +149,12 @@ def test_two_sequences() -> None:
             y = F.avg_pool1d(x.mT, 2).mT
             return self.attend(self.heads(self.q(x)), self.heads(self.k(y)), self.heads(self.v(y)))
 
+    class Latent(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.dense[None].expand(x.shape[0], -1, -1, -1)[..., :1] * torch.ones(D)
+            return self.attend(q, self.heads(self.k(x)), self.heads(self.v(x)))
+
+    assert only(Latent()).cross is True
     assert only(Cross(), torch.randn(B, L, WIDTH), torch.randn(B, 5, WIDTH)).cross is True
     assert only(Pooled()).cross is False
 
