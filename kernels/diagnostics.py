@@ -196,6 +196,14 @@ _ALL = [
         "A query, key, value, mask or score of this site is written in place, so the moment of reading it matters.",
         "write the update out of place",
     ),
+    Diagnostic(
+        "AR208",
+        "pattern cannot be registered",
+        "A pattern needs a name of its own and a function that runs at any sizes and computes what torch's "
+        "scaled_dot_product_attention computes with the scale and is_causal given. That is proved in float64 when it "
+        "is registered, also for rows that see no key.",
+        "see attnrewrite.register_pattern",
+    ),
     # AR3xx: variants
     Diagnostic(
         "AR301",
