@@ -13,6 +13,7 @@ from attnrewrite.passes.attention import EmptyRow
 from attnrewrite.passes.capture import Capture
 from attnrewrite.passes.certificate import Prover
 from attnrewrite.passes.masks import MaskReader
+from attnrewrite.passes.monomorphism import Host
 from attnrewrite.passes.patterns import PATTERNS, Extra, Pattern, look_for
 
 
@@ -92,9 +93,9 @@ def _proved(pattern: Pattern) -> Pattern:
         raise error("AR208", f"{pattern.name!r} is one operator; there is nothing to recognise")
     extra = Extra()
     module = skeleton[0].module
-    look_for(pattern, module.graph, MaskReader(Capture(module, "dynamo")), set(), extra)
+    look_for(pattern, Host(module.graph), MaskReader(Capture(module, "dynamo")), set(), extra)
     if not extra.attentions:
-        reasons = [row.detail for _, row in extra.refused] or ["it does not use all of its inputs as tensors"]
+        reasons = [row.detail for _, row in extra.refused] or ["it does not use all its inputs, or holds tensors"]
         raise error("AR208", f"{pattern.name!r} is not attention: {reasons[0]}")
     wrong = Prover().prove(extra.attentions[0])
     if wrong:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_unflatten
 
 from attnrewrite.passes.attention import Attention, Operand, Role, Scores, Term
@@ -34,6 +33,7 @@ class PatternMatch:
     labels: tuple[Label, ...]
     nodes: tuple[fx.Node, ...]
     given: tuple[fx.Node, ...]
+    traces: dict[str, Skeleton] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -52,11 +52,7 @@ class PatternMatch:
 
     def run(self, values: Sequence[Tensor]) -> Tensor:
         """Run the graph's nodes in float64; sizes among their literals become those of ``values``."""
-        dtypes = [node.meta["val"].dtype for node in self.given]
-        small = [torch.empty(v.shape, dtype=t, device="meta") for v, t in zip(values, dtypes, strict=True)]
-        here = trace(self.pattern.function, small)
-        if template(self.skeleton, here) is None:
-            raise TypeError("the pattern's operators depend on sizes")
+        here = self._sized(values)
         held: dict[fx.Node, Any] = dict(zip(self.skeleton.inputs, values, strict=True))
         place = dict(zip(self.skeleton.steps, self.nodes, strict=True))
         for step, wanted, sized in zip(self.skeleton.steps, self.labels, here.labels, strict=True):
@@ -67,6 +63,17 @@ class PatternMatch:
             held[step] = _functional(node)(*args, **kwargs)
         out: Tensor = held[self.skeleton.steps[-1]]
         return out
+
+    def _sized(self, values: Sequence[Tensor]) -> Skeleton:
+        """Trace the pattern at the shapes of ``values``, in the dtypes of the match."""
+        shapes = str([v.shape for v in values])
+        if shapes not in self.traces:
+            dtypes = [node.meta["val"].dtype for node in self.given]
+            small = [torch.empty(v.shape, dtype=t, device="meta") for v, t in zip(values, dtypes, strict=True)]
+            self.traces[shapes] = trace(self.pattern.function, small)
+        if template(self.skeleton, self.traces[shapes]) is None:
+            raise TypeError("the pattern's operators depend on sizes")
+        return self.traces[shapes]
 
 
 def _value(ours: Any, theirs: Any, wanted: Any, sized: Any, held: dict[fx.Node, Any]) -> Any:
@@ -130,17 +137,8 @@ def _traced(pattern: Pattern, given: Sequence[fx.Node], host: Host) -> Skeleton 
     if key not in host.traces:
         host.traces[key] = None
         with suppress(Exception):  # a function that does not run on these values did not make the nodes
-            host.traces[key] = _trace_like(pattern, values)
+            host.traces[key] = trace(pattern.function, values, values[0].device)
     return host.traces[key]
-
-
-def _trace_like(pattern: Pattern, values: list[Tensor]) -> Skeleton:
-    if all(isinstance(n, int) for x in values for n in (*x.shape, *x.stride())):
-        fixed = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in values]
-        return trace(pattern.function, fixed)
-    mode = next(x.fake_mode for x in values if isinstance(x, FakeTensor))
-    with mode:
-        return trace(pattern.function, values)
 
 
 def as_site(found: PatternMatch, reader: MaskReader) -> Attention:

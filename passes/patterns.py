@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -23,6 +23,9 @@ from attnrewrite.passes.graph import common_layer, source_line, tensor
 from attnrewrite.passes.masks import MaskReader
 from attnrewrite.passes.report import Rejection
 from attnrewrite.passes.skeleton import Label, Skeleton, template, trace
+
+if TYPE_CHECKING:
+    from attnrewrite.passes.monomorphism import Host
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _serial = itertools.count()
@@ -141,19 +144,21 @@ def search(graph: fx.Graph, known: Sequence[Attention], reader: MaskReader) -> E
     """Find every registered pattern in ``graph``, outside of the attentions that are known."""
     extra = Extra()
     if PATTERNS:
+        from attnrewrite.passes.monomorphism import Host  # networkx, which only patterns need
+
+        host = Host(graph)
         taken = {node for site in known for _, node in site.region} | {site.output for site in known}
         for pattern in list(PATTERNS.values()):
-            look_for(pattern, graph, reader, taken, extra)
+            look_for(pattern, host, reader, taken, extra)
     return extra
 
 
-def look_for(pattern: Pattern, graph: fx.Graph, reader: MaskReader, taken: set[fx.Node], extra: Extra) -> None:
+def look_for(pattern: Pattern, host: Host, reader: MaskReader, taken: set[fx.Node], extra: Extra) -> None:
     """Add the matches of one pattern that share no node with ``taken``, which grows by theirs."""
-    from attnrewrite.passes.monomorphism import Host, matches  # networkx, which only patterns need
+    from attnrewrite.passes.monomorphism import matches
     from attnrewrite.passes.pattern_site import as_site, place
 
-    host = Host(graph)
-    for dtype in _dtypes(graph):
+    for dtype in _dtypes(host.graph):
         found = pattern.skeleton(dtype)
         for ways in matches(host, *found) if found is not None else ():
             placed = (place(pattern, way, host, dtype) for way in ways if not taken & set(way))

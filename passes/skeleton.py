@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -60,9 +61,19 @@ class Skeleton:
     labels: tuple[Label, ...]
 
 
-def trace(function: Callable[..., Tensor], values: Sequence[Tensor]) -> Skeleton:
-    """Trace a function of tensors into pre-dispatch ATen. Raises what the function raises, and TypeError."""
-    module = make_fx(lambda *args: function(*args), pre_dispatch=True, tracing_mode="real")(*values)
+def trace(
+    function: Callable[..., Tensor], values: Sequence[Tensor], device: torch.device | str | None = None
+) -> Skeleton:
+    """Trace a function of tensors like ``values``, on ``device``, into pre-dispatch ATen.
+
+    Raises what the function raises, and TypeError where it does not return one tensor.
+    """
+    mode, fakes = _fakes(values, torch.device(device or "cpu"))
+    with mode:
+        traced = make_fx(
+            lambda *args: function(*args), pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True
+        )
+        module = traced(*fakes)
     (result,) = module.graph.find_nodes(op="output")[0].args
     if not is_node(result) or tensor(result) is None:
         raise TypeError("the function does not return one tensor")
@@ -70,6 +81,16 @@ def trace(function: Callable[..., Tensor], values: Sequence[Tensor]) -> Skeleton
     reached = _ancestors(behind(result), set(inputs))
     steps = tuple(node for node in module.graph.nodes if node in reached)
     return Skeleton(module, inputs, steps, tuple(label(step) for step in steps))
+
+
+def _fakes(values: Sequence[Tensor], device: torch.device) -> tuple[FakeTensorMode, list[Tensor]]:
+    """Return fake tensors and their mode: new ones, but where sizes are symbolic, ``values`` themselves."""
+    for value in values:
+        if isinstance(value, FakeTensor) and not all(isinstance(n, int) for n in (*value.shape, *value.stride())):
+            return value.fake_mode, list(values)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        return mode, [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device) for x in values]
 
 
 def _ancestors(root: fx.Node, stop: set[fx.Node]) -> set[fx.Node]:

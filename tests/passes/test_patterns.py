@@ -47,6 +47,12 @@ def causal_base_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def own_constants(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT / torch.sqrt(torch.tensor(float(q.shape[-1]), dtype=q.dtype))
+    weights = torch.exp(scores) * torch.ones(scores.shape[-2:], dtype=q.dtype).tril()
+    return (weights @ v) / weights.sum(-1, keepdim=True)
+
+
 def masked_base_two(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = (q @ k.mT) * (q.shape[-1] ** -0.5 * LOG2E)
     scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask * LOG2E
@@ -138,6 +144,7 @@ CASES: list[tuple[Function, dict[str, Any], int]] = [
     (deferred, {}, HEADS),
     (products, {}, HEADS),
     (causal_base_two, {"is_causal": True}, HEADS),
+    (own_constants, {"is_causal": True}, HEADS),
     (grouped, {}, 2),
     (sequence_first, {"layout": "blhd"}, HEADS),
 ]
@@ -300,6 +307,13 @@ def _two(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return q @ k.mT, v
 
 
+HELD = torch.ones(3, 1, 1, 1)
+
+
+def _own_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return base_two(q * HELD[:1], k, v)
+
+
 def _by_size(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return base_two(q, k, v) if q.shape[-1] == 16 else deferred(q, k, v)
 
@@ -318,6 +332,7 @@ REFUSED: list[tuple[str, Function, tuple[Tensor, ...], dict[str, Any], str]] = [
     ("failing", _fails, examples(), {}, "no such attention"),
     ("one operator", _one, examples(), {}, "one operator"),
     ("no key", _no_key, examples(), {}, "does not"),
+    ("own tensor", _own_tensor, examples(), {}, "holds tensors"),
     ("two results", _two, examples(), {}, "one tensor"),
     ("by size", _by_size, examples(), {}, "depend on the sizes"),
     ("empty rows", _unsafe_mask, examples(HEADS, torch.zeros(5, 7)), {}, "hidden"),
