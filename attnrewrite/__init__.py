@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
     from attnrewrite.passes.report import Report as Report
+    from attnrewrite.patterns import list_patterns as list_patterns
+    from attnrewrite.patterns import register_pattern as register_pattern
+    from attnrewrite.patterns import unregister_pattern as unregister_pattern
     from attnrewrite.saving import load_pretrained as load_pretrained
     from attnrewrite.saving import save_pretrained as save_pretrained
     from attnrewrite.variants import SdpaConfig as SdpaConfig
@@ -53,11 +56,14 @@ _PUBLIC = {
     "convert": "conversion",
     "explain": "explanation",
     "functional": "functional",
+    "list_patterns": "patterns",
     "list_variants": "variants",
     "load_pretrained": "saving",
+    "register_pattern": "patterns",
     "register_variant": "variants",
     "restore": "conversion",
     "save_pretrained": "saving",
+    "unregister_pattern": "patterns",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

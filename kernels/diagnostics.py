@@ -206,6 +206,14 @@ _ALL = [
         "write the update out of place",
         nearest="the same update out of place: q = q * 2 in place of q.mul_(2)",
     ),
+    Diagnostic(
+        "AR208",
+        "pattern cannot be registered",
+        "A pattern needs a name of its own and a function that runs at any sizes and computes what torch's "
+        "scaled_dot_product_attention computes with the scale and is_causal given. That is proved in float64 when it "
+        "is registered, also for rows that see no key.",
+        "see attnrewrite.register_pattern",
+    ),
     # AR3xx: variants
     Diagnostic(
         "AR301",

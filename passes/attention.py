@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from torch import fx
+from torch import Tensor, fx
 
 from attnrewrite.passes.axes import Dim, Layout, Symbol, flat, size_of, symbols
 from attnrewrite.passes.nearest import nearest_form
@@ -134,6 +134,24 @@ class Visibility:
     assumed: list[fx.Node] = field(default_factory=list)
 
 
+class Matched(Protocol):
+    """The nodes of a site that lies there as a registered pattern."""
+
+    @property
+    def key(self) -> str:
+        """What tells the pattern from all others."""
+        ...
+
+    @property
+    def inputs(self) -> Sequence[fx.Node]:
+        """The nodes of query, key and value."""
+        ...
+
+    def run(self, values: Sequence[Tensor]) -> Tensor:
+        """Run the nodes in float64 on query, key, value and, where there is one, the mask."""
+        ...
+
+
 @dataclass
 class Attention:
     """One attention site: ``output = softmax_j(scores) · value`` with every axis named.
@@ -167,6 +185,7 @@ class Attention:
     gates: list[Gate] = field(default_factory=list)
     guarded: bool = False
     softmax: Softmax | None = None
+    matched: Matched | None = None
     region: dict[tuple[Role, fx.Node], Layout] = field(default_factory=dict)
     spelling: list[str] = field(default_factory=list)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from attnrewrite.passes import patterns
 from attnrewrite.passes import scores as score_form
 from attnrewrite.passes.attention import Attention, Operand, Reject, Role, Scores, Term
 from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, fresh, symbols
@@ -49,6 +50,7 @@ def match(capture: Capture) -> Found:
     """Recognise every attention of every graph of ``capture``."""
     found, reader = Found(), MaskReader(capture)
     for module in capture.graphs():
+        missed: list[tuple[fx.Node, Rejection]] = []
         for anchor, softmax in anchors(module.graph):
             try:
                 site = _from_fused(anchor, reader) if softmax is None else _from_softmax(softmax, reader)
@@ -57,11 +59,13 @@ def match(capture: Capture) -> Found:
                 reject = _verdict(error, anchor, softmax)
                 place = reject.node if reject.node is not None else anchor
                 row = reject.rejection(common_layer([anchor]), source_line(place) or source_line(anchor))
-                if reject.code == "AR202":
-                    row.detail = row.detail if softmax is None else f"{kind_of(softmax)} ({row.detail})"
-                    found.not_attention.append(row)
-                else:
-                    found.refused.append((anchor, row))
+                if reject.code == "AR202" and softmax is not None:
+                    row.detail = f"{kind_of(softmax)} ({row.detail})"
+                missed.append((anchor, row))
+        extra = patterns.search(module.graph, found.attentions, reader)
+        found.attentions += extra.attentions
+        found.refused += [x for x in missed if x[1].code != "AR202" and x[0] not in extra.nodes] + extra.refused
+        found.not_attention += [x[1] for x in missed if x[1].code == "AR202" and x[0] not in extra.nodes]
     return found
 
 

@@ -37,6 +37,10 @@ class Replay:
     def output(self) -> torch.Tensor:
         """Return the site's output."""
         site = self.site
+        if site.matched is not None:
+            given: tuple[Role, ...] = ("query", "key", "value")
+            values = [self.value(role, node) for role, node in zip(given, site.matched.inputs, strict=True)]
+            return site.matched.run([*values, *(self._input(term.node) for term in site.scores.terms)])
         if site.output is site.anchor:
             return self._fused()
         roles: tuple[Role, Role] = ("probs", "value") if site.probs_first else ("value", "probs")

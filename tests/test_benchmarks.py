@@ -16,8 +16,9 @@ RESULT = {"schema", "entry", "question", "profile", "size", "environment", "figu
 FIGURE = {"case", "provider", "metric", "unit", "p20", "p50", "p80", "samples"}
 FIGURE |= {"floor", "over_floor", "goal", "met"}
 ENVIRONMENT = {"date", "versions", "system", "cpu", "cores", "threads"}
-COMPILES = ("llama_eager", "attention_eager", "compile_share")
-NAMES = (*COMPILES, "import_time", "recognise")
+COMPILES = ("llama_eager", "attention_eager", "compile_share", "matchers")
+QUICK = ("import_time", "recognise")
+NAMES = (*COMPILES, *QUICK)
 
 
 def run(*arguments):
@@ -47,7 +48,7 @@ def check(result, profile):
         assert (figure["goal"] is None) == (figure["met"] is None)
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in COMPILES), *NAMES[3:]])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in COMPILES), *QUICK])
 def test_entry_runs(name, tmp_path):
     done = run("--profile", "smoke", "--only", name, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr

@@ -94,6 +94,33 @@ ENTRIES = {
                 "smoke": {**_TINY, "shapes": [(1, 8), (2, 8)], "rounds": 2},
             },
         ),
+        Entry(
+            "matchers",
+            "How much attention do this recogniser and inductor's patterns find, and how fast?",
+            "matchers",
+            {
+                "cpu": {
+                    **_TINY,
+                    "length": 64,
+                    "spread": 20,
+                    "cells": None,
+                    "families": None,
+                    "fresh": 3,
+                    "depths": [8, 16, 32, 64, 128],
+                    "rounds": 7,
+                },
+                "smoke": {
+                    **_TINY,
+                    "length": 8,
+                    "spread": 20,
+                    "cells": 2,
+                    "families": 1,
+                    "fresh": 1,
+                    "depths": [1, 2],
+                    "rounds": 2,
+                },
+            },
+        ),
     )
 }
 PROFILES = ("cpu", "gpu", "smoke")
