@@ -14,7 +14,6 @@ from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 from attnrewrite.passes.attention import Attention
 from attnrewrite.passes.capture import Capture, from_program
 from attnrewrite.passes.match import Found
-from attnrewrite.passes.names import name_weights
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Report
 from attnrewrite.passes.select import Plan
@@ -78,7 +77,7 @@ def _merged(parts: list[tuple[Report, Found]]) -> tuple[Report, Found]:
 
 def explain_program(program: torch.export.ExportedProgram) -> Report:
     """Report every attention of an exported program (a ``.pt2`` file)."""
-    return explain_capture(_named_capture(program))
+    return explain_capture(from_program(program))
 
 
 def explain_capture(capture: Capture, config: VariantConfig | None = None) -> Report:
@@ -107,13 +106,7 @@ def _parameters_of(config: VariantConfig) -> Callable[[Attention], Mapping[str, 
 
 def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:
     """Capture a model with torch.export. Raises CaptureError AR104, AR105."""
-    return _named_capture(export_model(model, args, kwargs))
-
-
-def _named_capture(program: torch.export.ExportedProgram) -> Capture:
-    capture = from_program(program)
-    name_weights(capture, program)
-    return capture
+    return from_program(export_model(model, args, kwargs))
 
 
 def export_model(

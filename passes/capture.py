@@ -22,7 +22,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.passes import fastpath
-from attnrewrite.passes.graph import NUMBER, WEIGHT, is_weight, source_line
+from attnrewrite.passes.graph import NAME, NUMBER, WEIGHT, is_weight, source_line
 
 Entry = Literal["dynamo", "export"]
 
@@ -103,17 +103,19 @@ def from_program(program: torch.export.ExportedProgram) -> Capture:
     capture = Capture(fx.GraphModule(program.graph_module, graph), "export")
     signature = program.graph_signature
     held = {**program.state_dict, **program.constants}
+    weights, constants = signature.inputs_to_parameters, signature.inputs_to_lifted_tensor_constants
+    names = {**weights, **signature.inputs_to_buffers, **constants}
     mutated = set(signature.buffers_to_mutate.values())
-    targets = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     for given in program.graph.find_nodes(op="placeholder"):
-        node, target = places[given], targets.get(given.name)
-        if target is not None or given.name in signature.inputs_to_parameters:
-            node.meta[WEIGHT] = True
-        lifted = held.get(signature.inputs_to_lifted_tensor_constants.get(given.name, ""))
-        if isinstance(lifted, torch.Tensor) and lifted.numel() == 1:
-            node.meta[NUMBER] = float(lifted)
-        if target is not None and target not in mutated and isinstance(held.get(target), torch.Tensor):
-            capture.buffers[node] = held[target]
+        node, name = places[given], names.get(given.name)
+        if name is None:
+            continue
+        value = held.get(name)
+        node.meta |= {WEIGHT: True} if given.name in constants else {WEIGHT: True, NAME: name}
+        if given.name in constants and isinstance(value, torch.Tensor) and value.numel() == 1:
+            node.meta[NUMBER] = float(value)
+        if given.name not in weights and name not in mutated and isinstance(value, torch.Tensor):
+            capture.buffers[node] = value
     _prepare(capture)
     return capture
 

@@ -36,6 +36,9 @@ WEIGHT = "attnrewrite_weight"
 """Meta key of the placeholders that are the model's parameters and buffers."""
 
 
+NAME = "attnrewrite_name"
+"""Meta key of the placeholders whose qualified name in the model is known."""
+
 NUMBER = "attnrewrite_number"
 """Meta key of the placeholders that stand for one number, which the model's code holds."""
 

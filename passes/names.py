@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 
 from attnrewrite.passes.capture import Capture
-from attnrewrite.passes.graph import clean_path
-
-NAME = "attnrewrite_name"
-"""Meta key of the placeholders whose qualified name in the model is known."""
+from attnrewrite.passes.graph import NAME, clean_path
 
 _HELD = re.compile(r"\._(?:parameters|buffers)\['(.+?)'\]")
-
-
-def name_weights(capture: Capture, program: torch.export.ExportedProgram) -> None:
-    """Note on the placeholders of ``capture`` which parameter or buffer of the model each one is."""
-    signature = program.graph_signature
-    names: Mapping[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    given = program.graph.find_nodes(op="placeholder")
-    for old, new in zip(given, capture.module.graph.find_nodes(op="placeholder"), strict=True):
-        if old.name in names:
-            new.meta[NAME] = names[old.name]
 
 
 def weight_name(node: fx.Node | None, capture: Capture) -> str | None:
