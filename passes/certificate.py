@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map
 
 from attnrewrite.passes.attention import Attention, Term
 from attnrewrite.passes.axes import RESHAPES, Layout, flat, small_shape
 from attnrewrite.passes.formula import formula
-from attnrewrite.passes.graph import is_node, op
+from attnrewrite.passes.graph import op
 from attnrewrite.passes.replay import Inputs, Replay, Sizes
 
 _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -46,10 +45,11 @@ def fingerprint(site: Attention) -> str:
     def axes(layout: Layout) -> str:
         return str([[order.get(s, -1) for s in flat(dim)] for dim in layout])
 
-    rows = []
+    rows, names = [], dict[fx.Node, str]()
     for (role, node), layout in sorted(site.region.items(), key=lambda item: (item[0][0], item[0][1])):
-        literal = tree_map(lambda x: "·" if is_node(x) or isinstance(x, torch.SymInt) else x, (node.args, node.kwargs))
-        rows.append(f"{role} {node.target} {_without_sizes(node, literal)} {axes(layout)}")
+        read = [names.setdefault(x, str(len(names))) for x in node.all_input_nodes]
+        rows.append(f"{names.setdefault(node, str(len(names)))} {role} {node.target} {read} {axes(layout)}")
+        rows.append("" if op(node) in _SIZED else _text((node.args, node.kwargs)))
     s = site.scores
     rows.append(f"{s.alpha} {s.softcap} {s.floor} {s.is_causal} {[(axes(x), d) for _, x, d in s.factors]}")
     rows.append(f"{[axes(x) for _, x in s.shifts]} {[(axes(g.layout), g.divide) for g in site.gates]} {site.guarded}")
@@ -62,8 +62,17 @@ def fingerprint(site: Attention) -> str:
     return "\n".join(rows)
 
 
-def _without_sizes(node: fx.Node, literal: Any) -> Any:
-    return "" if op(node) in RESHAPES | {"expand", "slice"} else literal
+_SIZED = RESHAPES | {"expand", "slice"}
+"""Operators whose numbers are sizes, which the layouts tell."""
+
+
+def _text(x: Any) -> str:
+    """Write literals down, without the names of nodes and of symbolic sizes."""
+    if isinstance(x, dict):
+        return _text(list(x.items()))
+    if isinstance(x, list | tuple):
+        return f"[{','.join(map(_text, x))}]"
+    return "·" if isinstance(x, fx.Node | torch.SymInt) else repr(x)
 
 
 def _prove(site: Attention) -> str:
