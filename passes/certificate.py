@@ -104,9 +104,9 @@ def _true_width(site: Attention) -> Sizes:
 
 
 def _loud(site: Attention, sizes: Sizes, generator: torch.Generator) -> Inputs:
-    """Return inputs with large scores; of a pattern, exponentials of which are still finite in float64."""
+    """Return inputs with large scores; where exponentials are written out, such that they are finite in float64."""
     scale = 12.0
-    if site.matched is not None:
+    if site.matched is not None or (site.softmax is not None and site.softmax.steps):
         width = small_shape((site.inner,), sizes)[0]
         scale = min(scale, (100 / (abs(site.scores.alpha) * width**0.5)) ** 0.5)
     return _random(site, sizes, generator, scale, 0.4)

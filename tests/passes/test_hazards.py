@@ -311,6 +311,19 @@ def test_a_softmax_that_is_none_on_hidden_rows_fails_its_certificate() -> None:
     assert (site.status, [r.code for r in site.rejections]) == ("rejected", ["AR205"])
 
 
+class BareExponentials(Attention):
+    """A softmax without a maximum taken off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        weights = torch.exp(q @ k.mT)
+        return self.o((weights / weights.sum(-1, keepdim=True) @ v).transpose(-3, -2).flatten(-2))
+
+
+def test_bare_exponentials() -> None:
+    assert rewritten(compiled_like_eager(BareExponentials(), torch.randn(2, 5, WIDTH)))
+
+
 class Gated(Attention):
     """A factor per head on the weights, and rows without keys set to zero."""
 
