@@ -49,7 +49,10 @@ def kind_of(softmax: Softmax) -> str:
     if uses & _CHOOSES:
         return "a router: its largest entries are chosen"
     if _from_product(softmax):
-        return "scores of a query-key product whose weights never meet values"
+        cut = "; they leave the graph, and a graph break may cut an attention here" if returned else ""
+        return f"scores of a query-key product whose weights never meet values{cut}"
+    if uses & CONTRACTIONS and _from_outside(softmax):
+        return "weights whose scores come from outside of the graph; a graph break may cut an attention here"
     if uses & CONTRACTIONS:
         return (
             "weights that are made by a linear map and not by a query-key product: a dynamic convolution, linear "
@@ -76,6 +79,14 @@ def _from_product(softmax: Softmax) -> bool:
                 seen.add(source)
                 todo.append(source)
     return False
+
+
+def _from_outside(softmax: Softmax) -> bool:
+    """Whether the scores are an input of the graph, moved or masked."""
+    node: object = softmax.scores
+    while is_node(node) and node.op == "call_function" and op(node) in _MOVES | _ELEMENTWISE | CASTS and node.args:
+        node = node.args[0]
+    return is_node(node) and node.op == "placeholder" and not is_weight(node)
 
 
 def _mixes_heads(node: fx.Node) -> bool:

@@ -381,3 +381,31 @@ def test_multi_head_attention_in_eval_mode(masks: tuple[str, ...], need_weights:
     assert site.status == "rewritten" or site.rejections[0].code == "AR404"
     for a, b in zip(found, ordinary, strict=True):
         assert (a is None and b is None) or torch.allclose(a, b, atol=1e-6)
+
+
+class Broken(Attention):
+    """A graph break before or behind the softmax."""
+
+    before = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        scores = q @ k.mT * 0.5
+        if self.before:
+            torch._dynamo.graph_break()
+        weights = torch.softmax(scores, -1)
+        if not self.before:
+            torch._dynamo.graph_break()
+        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_graph_break_inside_an_attention_is_named(before: bool) -> None:
+    model, reports = Broken(), list[Report]()
+    model.before = before
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=attnrewrite.Backend(inner="aot_eager", report=reports.append))
+    x = torch.randn(2, 5, WIDTH)
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    (row,) = [row for report in reports for row in report.rejections]
+    assert row.code == "AR202" and "graph break" in row.detail and "test_hazards.py:" in row.source
