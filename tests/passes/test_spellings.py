@@ -20,7 +20,10 @@ MODULES = [pytest.param(cls, kind, heads, id=cls.__name__) for cls, kind, heads 
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(("make", "kind", "heads"), MODULES)
 def test_spelling_is_found_and_exact(make: type[nn.Module], kind: str, heads: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
