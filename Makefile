@@ -18,10 +18,10 @@ demo: $(VENV)/demo
 	$(BIN)/attnrewrite demo --out build/demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # Types are checked on the built package: type checkers cannot follow the mapping of passes/ and kernels/.
 lint: $(VENV)/ready
