@@ -121,6 +121,7 @@ class Visibility:
     ``dense`` are conditions that no predicate describes; ``documents`` are conditions that query and key lie in one
     packed document; ``bias`` are the additive terms that are no mask; ``terms``
     are the mask terms as the model spells them. ``assumed`` are the buffers that the facts were read from.
+    ``rows_never_empty`` says that the masks leave every row a key, ``bias_is_small`` that no bias can hide one.
     """
 
     facts: Mask
@@ -131,6 +132,7 @@ class Visibility:
     terms: list[Term] = field(default_factory=list)
     empty_rows: EmptyRow = "zero"
     rows_never_empty: bool = False
+    bias_is_small: bool = True
     assumed: list[fx.Node] = field(default_factory=list)
 
 

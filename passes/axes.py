@@ -235,6 +235,10 @@ _BACK: dict[str, Callable[[Layout, fx.Node], Layout]] = {
 }
 
 
+MOVES = frozenset(_BACK)
+"""Operators that only move symbols, or change nothing."""
+
+
 def backward(layout: Layout, node: fx.Node) -> tuple[fx.Node, Layout] | None:
     """If ``node`` only moves symbols (or changes nothing), return its input and the input's layout."""
     name = op(node)

@@ -69,6 +69,7 @@ class MaskReader:
             read = self._term(graph, term, rows, heads)
             if read is None:
                 seen.bias.append(term)
+                seen.bias_is_small &= self._is_small(term)
                 continue
             parts, fill = read
             seen.terms.append(term)
@@ -105,6 +106,10 @@ class MaskReader:
             if seen.padding:
                 facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
         seen.rows_never_empty &= not seen.padding and not seen.dense
+
+    def _is_small(self, term: Term) -> bool:
+        value = self._static_value(term.node)
+        return value is not None and bool((value * term.weight > NEGLIGIBLE).all())
 
     def is_zero_one(self, node: fx.Node) -> bool:
         """Whether a mask is known to hold nothing but the numbers 0 and 1."""

@@ -9,28 +9,17 @@ from collections.abc import Iterator
 
 from torch import fx
 
+from attnrewrite.passes.axes import MOVES
 from attnrewrite.passes.contract import CONTRACTIONS, is_product
 from attnrewrite.passes.graph import is_node, is_weight, op, shape
 from attnrewrite.passes.regions import root, written
 from attnrewrite.passes.softmax import CASTS, Softmax
 
 _CHOOSES = {"topk", "sort", "argmax", "multinomial", "max", "argsort", "one_hot", "scatter"}
-_MOVES = {
-    *(
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "transpose",
-        "permute",
-        "contiguous",
-        "clone",
-        "squeeze",
-        "unsqueeze",
-        "movedim",
-    ),
-    *("mT", "t", "numpy_T", "expand", "slice", "select", "alias", "flatten", "unflatten", "detach", "cat", "stack"),
-    *("pad", "constant_pad_nd", "as_strided", "gather", "index", "index_select", "split", "chunk", "unbind", "copy"),
-    *("repeat", "unfold", "roll", "movedim", "slice_scatter", "select_scatter", "index_put", "narrow"),
+_MOVES = MOVES | {
+    *("select", "detach", "cat", "stack", "pad", "constant_pad_nd", "as_strided", "gather", "index", "index_select"),
+    *("split", "chunk", "unbind", "copy", "repeat", "unfold", "roll", "movedim", "narrow", "index_put"),
+    *("slice_scatter", "select_scatter"),
 }
 _ELEMENTWISE = {"masked_fill", "where", "add", "sub", "div", "nan_to_num", "dropout", "mul", "neg"}
 _SCORES = {"tanh", "clamp", "clamp_min", "relu", "exp", "maximum", "minimum", "abs", "pow", "softplus", "sigmoid"}

@@ -8,6 +8,7 @@ from torch import fx
 
 from attnrewrite.passes.attention import Attention, Operand, Reject
 from attnrewrite.passes.axes import (
+    MOVES,
     AxisError,
     Dim,
     Layout,
@@ -35,6 +36,7 @@ _ELEMENTWISE = {
     "layer_norm",
     "rms_norm",
 }
+_VIEWS = (MOVES - {"expand", "slice", "repeat_interleave"}) | {"unbind"}
 _PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
 
 
@@ -127,21 +129,7 @@ def _only_moved(node: fx.Node) -> bool:
             return True
         target = getattr(node.target, "__name__", "")
         pieces = op(node) in _PIECES or target == "getitem"
-        views = op(node) in {
-            "view",
-            "reshape",
-            "_unsafe_view",
-            "transpose",
-            "permute",
-            "contiguous",
-            "clone",
-            "alias",
-            "unsqueeze",
-            "squeeze",
-            "flatten",
-            "unflatten",
-            "unbind",
-        }
+        views = op(node) in _VIEWS
         if not (pieces or views) or not node.args or not is_node(node.args[0]):
             return False
         node = node.args[0]

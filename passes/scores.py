@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from attnrewrite.passes.attention import NEGLIGIBLE, Reject, Role, Scores, Sink, Term
-from attnrewrite.passes.axes import AxisError, Dim, Layout, Symbol, backward, broadcast, flat, same, symbols
+from attnrewrite.passes.axes import MOVES, AxisError, Dim, Layout, Symbol, backward, broadcast, flat, same, symbols
 from attnrewrite.passes.constants import constant
 from attnrewrite.passes.contract import CONTRACTIONS, is_product
 from attnrewrite.passes.graph import argument, is_node, op, shape, tensor
@@ -56,8 +56,7 @@ def read(softmax: Softmax, layout: Layout) -> tuple[Scores, Walk]:
 
 
 _BINARY = {"add": (0, 1), "sub": (0, 1), "mul": (0, 1), "maximum": (0, 1), "where": (1, 2)}
-_MOVES = {"view", "reshape", "_unsafe_view", "transpose", "permute", "contiguous", "clone", "squeeze", "unsqueeze"}
-_UNARY = {"div", "tanh", "masked_fill", "expand", "alias", "clamp", "clamp_min", "max"} | _MOVES | CASTS
+_UNARY = {"div", "tanh", "masked_fill", "expand", "alias", "clamp", "clamp_min", "max"} | MOVES | CASTS
 
 
 _MAXIMA = {"amax", "max", "detach"}
