@@ -85,6 +85,8 @@ def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
     anchor = softmax.node
     layout = fresh(anchor, [f"x{n}" for n in range(len(shape(anchor)))])
     scores, walk = score_form.read(softmax, layout)
+    if not scores.contraction.meta["val"].dtype.is_floating_point:
+        raise Reject("AR203", "the queries and keys are integers or complex numbers", scores.contraction)
     product = from_result(scores.contraction, walk.layout, "d")
     query, key = _query_and_key(product, walk.cols, anchor)
     region: dict[tuple[Role, fx.Node], Layout] = dict(walk.region)

@@ -22,7 +22,7 @@ from attnrewrite.errors import AttnRewriteError
 from attnrewrite.explanation import explain
 from attnrewrite.passes.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
-from attnrewrite.passes.report import Report
+from attnrewrite.passes.report import Rejection, Report
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,10 @@ def dynamo_report(model: nn.Module, inputs: dict[str, Any], train: bool = False)
     report, pipeline = Report(), Pipeline()
 
     def collect(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        report.extend(pipeline.inspect(from_dynamo(gm, example_inputs))[0])
+        try:
+            report.extend(pipeline.inspect(from_dynamo(gm, example_inputs))[0])
+        except AttnRewriteError as failure:
+            report.rejections.append(Rejection(failure.code, failure.detail))
         return gm
 
     torch._dynamo.reset()
@@ -161,6 +164,7 @@ def _ratio(part: int, whole: int) -> str:
 
 def _remark(report: Report) -> str:
     reasons = {f"{r.code} {r.detail}" for site in report.sites if site.status == "rejected" for r in site.rejections}
+    reasons |= {f"{r.code} {r.detail}" for r in report.rejections if r.code != "AR202"}
     return "; ".join(sorted(reasons)).replace("|", "\\|")
 
 

@@ -116,8 +116,21 @@ def empty_rows(
         return out
     some = visible.any(-1, keepdim=True)  # [B|1, H|1, L|1, 1]
     if seen.empty_rows == "nan":
-        return out.masked_fill(~some, float("nan"))
+        return _not_a_number(t, out, some, v)
     return torch.where(some, out, _uniform(t, q, k, v))
+
+
+def _not_a_number(t: SiteTensors, out: torch.Tensor, some: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Make rows without visible keys NaN, and with them the gradients that pass through them in the model.
+
+    What a mask adds to is NaN behind the softmax; what it fills is a constant, so that only the values are reached.
+    """
+    nothing = torch.where(some, 0.0, float("nan")).to(out.dtype)
+    if any(term.kind == "add" for term in t.site.visibility.terms):
+        return out * (nothing + 1.0)
+    mean = v.mean(-2, keepdim=True)  # [B, Hkv, 1, Dv]
+    mean = mean.repeat_interleave(out.shape[1] // v.shape[1], 1) if t.grouped else mean
+    return torch.where(some, out, 0.0) + mean * nothing
 
 
 def _uniform(t: SiteTensors, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -80,9 +80,12 @@ def test_row(layout: str, scale: str, dtype: str) -> None:
         assert_as_good(name, ours[1][name], ordinary[1][name], gradient)
 
 
+PRECISE = sorted(set(SOFTMAXES) - {"float32", "upcast"})
 CELLS = st.builds(
     Cell,
-    *(st.sampled_from(sorted(axis)) for axis in (LAYOUTS, SCALES, MASKS, SOFTMAXES, GROUPS)),
+    *(st.sampled_from(sorted(axis)) for axis in (LAYOUTS, SCALES, MASKS)),
+    st.sampled_from(PRECISE),
+    st.sampled_from(sorted(GROUPS)),
     st.sampled_from(EXTRAS),
     st.integers(1, 3),
 )
@@ -104,10 +107,9 @@ def test_any_combination_is_exact(cell: Cell, length: int, seed: int) -> None:
     compiled = copy.deepcopy(model)
     compiled.compile(backend=attnrewrite.Backend(inner="eager", strict=True, report=reports.append))
     (ordinary, theirs), (found, ours) = run(model, inputs), run(compiled, inputs)
-    single = cell.softmax in ("float32", "upcast")  # the model itself rounds
-    assert torch.allclose(found, ordinary, rtol=1e-4 if single else 1e-8, atol=1e-5 if single else 1e-9)
+    assert torch.allclose(found, ordinary, rtol=1e-8, atol=1e-9)
     for name, gradient in theirs.items():
-        assert torch.allclose(ours[name], gradient, rtol=1e-3 if single else 1e-7, atol=1e-4 if single else 1e-8), name
+        assert torch.allclose(ours[name], gradient, rtol=1e-7, atol=1e-8), name
     (site,) = [site for report in reports for site in report.sites]
     odd = cell.softmax == "logsumexp" and cell.mask.startswith("padding")
     assert site.status == ("rejected" if odd else "rewritten"), site

