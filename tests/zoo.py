@@ -49,6 +49,9 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     for name, value in _SIZES.items():
         if isinstance(config.__dict__.get(name), int):
             setattr(config, name, value)
+    for name in ("layerdrop", "encoder_layerdrop", "decoder_layerdrop"):  # every layer runs, in training too
+        if name in config.__dict__:
+            setattr(config, name, 0.0)
     for inner in list(config.__dict__.values()):
         if isinstance(inner, PretrainedConfig):
             shrink(inner)
