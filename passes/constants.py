@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.graph import NUMBER, is_node, op, shape, tensor
+from attnrewrite.passes.graph import NUMBER, held, is_node, op, shape, tensor
 
 _FULL = ("full", "scalar_tensor", "new_full", "full_like")
 _ARITHMETIC = {"add", "sub", "mul", "div", "sqrt", "rsqrt", "reciprocal", "pow", "exp", "log", "neg"}
@@ -45,11 +45,5 @@ def _computed(name: str, numbers: list[float]) -> float | None:
 
 
 def _attribute(node: fx.Node) -> float | None:
-    if node.op != "get_attr":
-        return None
-    held: Any = node.graph.owning_module
-    for part in str(node.target).split("."):
-        held = getattr(held, part, None)
-    if isinstance(held, torch.Tensor) and held.numel() == 1 and type(held) is torch.Tensor:
-        return float(held)
-    return None
+    value = held(node)
+    return float(value) if type(value) is torch.Tensor and value.numel() == 1 else None

@@ -71,6 +71,14 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
+def held(node: fx.Node) -> Any:
+    """Return what a ``get_attr`` node reads from its graph module, or None."""
+    value: Any = node.graph.owning_module if node.op == "get_attr" else None
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
 def same_value(a: object, b: object, depth: int = 8) -> bool:
     """Whether two nodes, or literals, compute the same by construction: equal operators on equal inputs."""
     if a is b:
@@ -79,6 +87,9 @@ def same_value(a: object, b: object, depth: int = 8) -> bool:
         return not (is_node(a) or is_node(b)) and type(a) is type(b) and a == b
     if NUMBER in a.meta or NUMBER in b.meta:
         return bool(a.meta.get(NUMBER) == b.meta.get(NUMBER))
+    first, second = held(a), held(b)
+    if type(first) is torch.Tensor and type(second) is torch.Tensor:
+        return first.dtype == second.dtype and torch.equal(first, second)
     pure = isinstance(a.target, torch._ops.OpOverload) and (not a.target._schema.is_mutable or op(a) == "detach")
     if a.target is not b.target or not pure or torch.Tag.nondeterministic_seeded in a.target.tags:  # type: ignore[union-attr]  # an operator
         return False

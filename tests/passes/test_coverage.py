@@ -34,7 +34,7 @@ def test_nearly_all_attention_is_found_and_the_rest_has_a_reason(written: dict[s
     layers = sum(row.layers for row in rows)
     for entry in ("inference", "training"):
         found = [int(getattr(row, entry).split("/")[0]) for row in rows]
-        assert sum(found) >= 0.98 * layers, entry
+        assert sum(found) >= 0.975 * layers, entry
     assert len(rows) >= 120
     for row in rows:
         complete = row.inference == f"{row.layers}/{row.layers}"
