@@ -17,13 +17,13 @@ from torch._dynamo.exc import RestartAnalysis
 from attnrewrite.errors import AttnRewriteError, AttnRewriteWarning
 from attnrewrite.inner import compile_inner, inductor_modes
 from attnrewrite.kernels.diagnostics import closest, error
-from attnrewrite.passes.assumptions import Assumption, Guarded, assumptions
-from attnrewrite.passes.capture import from_dynamo
-from attnrewrite.passes.certificate import Prover
-from attnrewrite.passes.markers import has_markers
+from attnrewrite.passes.graph.assumptions import Assumption, Guarded, assumptions
+from attnrewrite.passes.graph.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
+from attnrewrite.passes.proof.certificate import Prover
 from attnrewrite.passes.report import Report
-from attnrewrite.passes.select import Plan
+from attnrewrite.passes.rewriting.markers import has_markers
+from attnrewrite.passes.rewriting.select import Plan
 from attnrewrite.variants import VariantConfig, variant_info
 
 _CHOICES = {

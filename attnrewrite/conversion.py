@@ -12,13 +12,13 @@ import torch
 from attnrewrite.backend import Backend, globs, resolve
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
 from attnrewrite.kernels.diagnostics import closest, error
-from attnrewrite.passes import markers
-from attnrewrite.passes.attention import Attention, Reject
+from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.pipeline import Pipeline, not_applied
 from attnrewrite.passes.report import Site
+from attnrewrite.passes.rewriting import markers
+from attnrewrite.passes.rewriting.select import matches
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.select import matches
 from attnrewrite.variants import VariantConfig
 from attnrewrite.verification import compare, outputs
 

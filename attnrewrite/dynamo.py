@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.capture import Capture, from_dynamo
+from attnrewrite.passes.graph.capture import Capture, from_dynamo
 
 
 def capture_graphs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Capture]:

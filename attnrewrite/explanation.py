@@ -11,12 +11,12 @@ import torch
 
 from attnrewrite.dynamo import capture_graphs, unchanged_buffers
 from attnrewrite.kernels.diagnostics import AttnRewriteError, error
-from attnrewrite.passes.attention import Attention
-from attnrewrite.passes.capture import Capture, from_program
-from attnrewrite.passes.match import Found
+from attnrewrite.passes.attention.form import Attention
+from attnrewrite.passes.graph.capture import Capture, from_program
+from attnrewrite.passes.matching.match import Found
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Report
-from attnrewrite.passes.select import Plan
+from attnrewrite.passes.rewriting.select import Plan
 from attnrewrite.variants import SdpaConfig, VariantConfig
 
 

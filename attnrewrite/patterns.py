@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import AttnRewriteError, closest, error
-from attnrewrite.passes.attention import EmptyRow
-from attnrewrite.passes.capture import Capture
-from attnrewrite.passes.certificate import Prover
-from attnrewrite.passes.masks import MaskReader
-from attnrewrite.passes.monomorphism import Host
-from attnrewrite.passes.patterns import PATTERNS, Extra, Pattern, look_for
+from attnrewrite.passes.attention.form import EmptyRow
+from attnrewrite.passes.graph.capture import Capture
+from attnrewrite.passes.masks.classify import MaskReader
+from attnrewrite.passes.patterns.monomorphism import Host
+from attnrewrite.passes.patterns.registry import PATTERNS, Extra, Pattern, look_for
+from attnrewrite.passes.proof.certificate import Prover
 
 
 def register_pattern(

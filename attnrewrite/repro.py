@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from attnrewrite.passes.extract import Extract, of_anchor, of_site, onwards
-from attnrewrite.passes.graph import NUMBER, is_weight, tensor
-from attnrewrite.passes.match import Found
+from attnrewrite.passes.graph.nodes import NUMBER, is_weight, tensor
+from attnrewrite.passes.matching.match import Found
 from attnrewrite.passes.report import Report, Site
 
 _TEMPLATE = '''"""{title}

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.attention import Attention
+from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.extract import Extract
-from attnrewrite.passes.graph import is_weight, op, tensor
+from attnrewrite.passes.graph.nodes import is_weight, op, tensor
 from attnrewrite.passes.report import Box, Drawing, Report
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attnrewrite.passes.attention import Attention
-from attnrewrite.passes.axes import ALIASES, RESHAPES
-from attnrewrite.passes.contract import CONTRACTIONS
-from attnrewrite.passes.graph import is_weight, op, tensor
-from attnrewrite.passes.regions import root, written
-from attnrewrite.passes.softmax import softmax_at
+from attnrewrite.passes.attention.contract import CONTRACTIONS
+from attnrewrite.passes.attention.form import Attention
+from attnrewrite.passes.attention.regions import root, written
+from attnrewrite.passes.attention.softmax import softmax_at
+from attnrewrite.passes.graph.axes import ALIASES, RESHAPES
+from attnrewrite.passes.graph.nodes import is_weight, op, tensor
 
 _FUSED = "scaled_dot_product_attention"
 _MOVES = RESHAPES | ALIASES | {"transpose", "permute", "movedim", "swapaxes", "squeeze", "unsqueeze"}

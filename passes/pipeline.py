@@ -12,19 +12,19 @@ from torch import fx
 
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
 from attnrewrite.passes import drawing
-from attnrewrite.passes import markers as marker_pass
-from attnrewrite.passes.attention import Attention, Reject
-from attnrewrite.passes.capture import Capture
-from attnrewrite.passes.certificate import Prover
+from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.extract import of_anchor, of_site
-from attnrewrite.passes.facts import FactReader
-from attnrewrite.passes.graph import source_line
-from attnrewrite.passes.lower import Lowering
-from attnrewrite.passes.match import Found, match
+from attnrewrite.passes.facts.collect import FactReader
+from attnrewrite.passes.graph.capture import Capture
+from attnrewrite.passes.graph.nodes import source_line
+from attnrewrite.passes.matching.match import Found, match
+from attnrewrite.passes.proof.certificate import Prover
 from attnrewrite.passes.report import Rejection, Report, Site
+from attnrewrite.passes.rewriting import markers as marker_pass
+from attnrewrite.passes.rewriting.lower import Lowering
+from attnrewrite.passes.rewriting.select import Plan, request_for
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.select import Plan, request_for
 
 LEFT_AS_IT_IS = ("AR401", "AR404")
 """Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""

@@ -20,7 +20,7 @@ from zoo import FAMILIES, Family, build, inputs_of
 
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.explanation import explain
-from attnrewrite.passes.capture import from_dynamo
+from attnrewrite.passes.graph.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Rejection, Report
 

@@ -12,8 +12,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from attnrewrite.passes.capture import Capture
-from attnrewrite.passes.graph import op, tensor
+from attnrewrite.passes.graph.capture import Capture
+from attnrewrite.passes.graph.nodes import op, tensor
 
 aten = torch.ops.aten
 PRODUCTS = ("matmul", "bmm", "einsum", "baddbmm")

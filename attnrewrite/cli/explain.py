@@ -13,7 +13,7 @@ from attnrewrite.kernels.diagnostics import error
 
 if TYPE_CHECKING:
     from attnrewrite.loading import LoadedModel
-    from attnrewrite.passes.match import Found
+    from attnrewrite.passes.matching.match import Found
     from attnrewrite.passes.report import Report
 
 ONLY = ("matched", "rejected", "not-attention")
@@ -98,7 +98,7 @@ def _write_programs(output: Output, report: Report, found: Found, folder: Path) 
 def _explain_program(output: Output, path: str, variant: str | None) -> tuple[Report, Found]:
     from attnrewrite.explanation import inspect_capture
     from attnrewrite.loading import load_program
-    from attnrewrite.passes.capture import from_program
+    from attnrewrite.passes.graph.capture import from_program
 
     if variant is not None:
         raise click.BadOptionUsage("--variant", "--variant needs a model; a .pt2 file can only be explained as it is.")

@@ -14,7 +14,7 @@ from attnrewrite.kernels.diagnostics import closest, error
 if TYPE_CHECKING:
     import torch
 
-    from attnrewrite.passes.attention import Attention
+    from attnrewrite.passes.attention.form import Attention
 
 
 @dataclass(frozen=True)

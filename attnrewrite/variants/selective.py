@@ -11,7 +11,7 @@ from attnrewrite.variants.base import VariantConfig
 if TYPE_CHECKING:
     import torch
 
-    from attnrewrite.passes.attention import Attention
+    from attnrewrite.passes.attention.form import Attention
 
 
 @dataclass(frozen=True)

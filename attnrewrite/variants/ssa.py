@@ -12,7 +12,7 @@ from attnrewrite.variants.base import VariantConfig
 if TYPE_CHECKING:
     import torch
 
-    from attnrewrite.passes.attention import Attention
+    from attnrewrite.passes.attention.form import Attention
 
 ALMOST_IDENTITY = -7.4
 """sigmoid(-7.4) = 6.1e-4: the gain with which a model trained from scratch begins."""

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.fx_passes import joint_graph
 
-from attnrewrite.passes.capture import from_dynamo
+from attnrewrite.passes.graph.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
 
 

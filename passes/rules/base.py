@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from attnrewrite.passes.attention import Attention
-from attnrewrite.passes.site import SiteTensors
+from attnrewrite.passes.attention.form import Attention
+from attnrewrite.passes.attention.site import SiteTensors
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from attnrewrite.kernels.sdpa.reference import attention
-from attnrewrite.passes.attention import NEGLIGIBLE, Attention, Reject
+from attnrewrite.passes.attention.form import NEGLIGIBLE, Attention, Reject
+from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.site import SiteTensors
 
 
 class SdpaRule:

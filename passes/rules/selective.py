@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from attnrewrite.kernels.selective.reference import selective_attention
-from attnrewrite.passes.attention import Attention, Reject
+from attnrewrite.passes.attention.form import Attention, Reject
+from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
-from attnrewrite.passes.site import SiteTensors, same_length
 
 _NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
 

@@ -8,11 +8,11 @@ import torch
 from torch import fx
 
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
-from attnrewrite.passes.attention import Attention, Reject
-from attnrewrite.passes.projection import query_projection
+from attnrewrite.passes.attention.form import Attention, Reject
+from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.rules.base import Request
+from attnrewrite.passes.rules.projection import query_projection
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
-from attnrewrite.passes.site import SiteTensors
 
 
 class SSARule:

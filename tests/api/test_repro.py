@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import attnrewrite
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.explanation import capture_model, inspect_capture
-from attnrewrite.passes.capture import from_program
+from attnrewrite.passes.graph.capture import from_program
 from attnrewrite.passes.report import Report, Site
 from attnrewrite.repro import programs, write_programs
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnrewrite.passes.axes import AxisError, Layout, Symbol, arrange, flat, reshape, symbols
+from attnrewrite.passes.graph.axes import AxisError, Layout, Symbol, arrange, flat, reshape, symbols
 
 
 def layout(*sizes: int) -> Layout:

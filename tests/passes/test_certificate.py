@@ -11,9 +11,9 @@ from spellings import FoldedHeads, GroupedEinsum, LearnedScale, NanoGPT
 from torch import nn
 
 from attnrewrite.explanation import capture_model
-from attnrewrite.passes.attention import Attention
-from attnrewrite.passes.certificate import Prover
-from attnrewrite.passes.match import match
+from attnrewrite.passes.attention.form import Attention
+from attnrewrite.passes.matching.match import match
+from attnrewrite.passes.proof.certificate import Prover
 
 
 def alpha(site: Attention) -> None:
@@ -96,7 +96,7 @@ def test_every_mutant_is_refused(name: str, mutate: Callable[[Attention], None])
 
 def test_a_failed_certificate_rejects_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
     import attnrewrite
-    from attnrewrite.passes import match as module
+    from attnrewrite.passes.matching import match as module
 
     honest = module._from_softmax
 

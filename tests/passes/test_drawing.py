@@ -113,7 +113,7 @@ def test_a_rewrite_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("no such operator")
 
-    monkeypatch.setattr("attnrewrite.passes.lower._trace", broken)
+    monkeypatch.setattr("attnrewrite.passes.rewriting.lower._trace", broken)
     (site,) = attnrewrite.explain(NanoGPT().eval(), torch.randn(2, 13, WIDTH)).sites
     assert (site.status, site.rejections[0].code) == ("rejected", "AR901")
     assert "no such operator" in site.rejections[0].detail

@@ -12,7 +12,7 @@ import transformers as tf
 from families import FAMILIES, HEAD_DIM, Family, build, text_inputs
 
 from attnrewrite.explanation import explain
-from attnrewrite.passes.capture import from_dynamo
+from attnrewrite.passes.graph.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Report, Site
 

@@ -11,7 +11,7 @@ from handmade import WIDTH, B, Change, D, H, L, Layer, halves, made, only
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnrewrite.passes.provenance import Provenance
+from attnrewrite.passes.facts.provenance import Provenance
 from attnrewrite.passes.report import Projection
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.passes.masks import name_grid
+from attnrewrite.passes.masks.classify import name_grid
 from attnrewrite.passes.report import Mask, Site
 
 T = 13

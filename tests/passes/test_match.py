@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, HEAD_DIM, HEADS, Family, build, padded
 
 from attnrewrite.explanation import explain
-from attnrewrite.passes.capture import Capture, from_dynamo
+from attnrewrite.passes.graph.capture import Capture, from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.passes.report import Report
 

@@ -12,7 +12,7 @@ from spellings import GroupedEinsum, LearnedScale, MultiQuery, NanoGPT, SingleHe
 from torch import nn
 
 from attnrewrite.explanation import export_model
-from attnrewrite.passes.capture import Capture, from_program
+from attnrewrite.passes.graph.capture import Capture, from_program
 from attnrewrite.passes.pipeline import Pipeline
 
 CELLS = [

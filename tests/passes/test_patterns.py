@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import attnrewrite
 from attnrewrite.errors import AttnRewriteError
-from attnrewrite.passes.patterns import PATTERNS
+from attnrewrite.passes.patterns.registry import PATTERNS
 from attnrewrite.passes.report import Report
 
 HEADS, DIM, LENGTH = 4, 8, 9

@@ -25,7 +25,7 @@ NOTE = (
 
 def run(size: Size, tick: Tick) -> Result:
     from attnrewrite.explanation import capture_model
-    from attnrewrite.passes.match import match
+    from attnrewrite.passes.matching.match import match
 
     captures: dict[str, Any] = {}
     for step, (layers, length) in enumerate(size["shapes"]):

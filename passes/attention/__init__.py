@@ -1,0 +1,1 @@
+"""Attention in normal form: what a match is made of."""

@@ -1,0 +1,84 @@
+"""Packed documents: a mask that transformers builds from position ids, read by its meaning.
+
+With positions p, document numbers are ``doc = cumsum(diff(p) != 1)`` and a key is visible iff ``doc_j == doc_i`` and
+``p_j <= p_i``. Within one document positions rise by one, so there ``p_j <= p_i`` says ``j <= i``, whatever the data:
+the pair means "causal, within the document".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from attnrewrite.passes.attention.form import Leaf
+from attnrewrite.passes.graph.axes import Dim, broadcast, flat, symbols
+from attnrewrite.passes.graph.constants import constant
+from attnrewrite.passes.graph.nodes import argument, is_node, op
+
+IsRange = Callable[[fx.Node], bool]
+
+
+def split_documents(dense: list[Leaf], rows: Dim, cols: Dim, is_range: IsRange) -> tuple[list[Leaf], list[Leaf]] | None:
+    """Take the document pair out of ``dense``: (same-document conditions, the rest), or None where there is none."""
+    orders = {leaf: found for leaf in dense if (found := _order(leaf, rows, cols, is_range)) is not None}
+    same = {leaf: found for leaf in dense if (found := _same(leaf, rows, cols, is_range)) is not None}
+    positions = set(orders.values()) & set(same.values())
+    if not positions:
+        return None
+    documents = [leaf for leaf, source in same.items() if source in positions]
+    implied = [leaf for leaf, source in orders.items() if source in positions]
+    return documents, [leaf for leaf in dense if leaf not in documents + implied]
+
+
+def _order(leaf: Leaf, rows: Dim, cols: Dim, is_range: IsRange) -> fx.Node | None:
+    """Return p where the leaf says ``p_j <= p_i``."""
+    sides = {"le": (cols, rows), "ge": (rows, cols)}.get(op(leaf.node))
+    return None if sides is None or not leaf.polarity else _pair(leaf, sides, is_range)
+
+
+def _same(leaf: Leaf, rows: Dim, cols: Dim, is_range: IsRange) -> fx.Node | None:
+    """Return p where the leaf says ``doc_j == doc_i`` with documents counted from p."""
+    if op(leaf.node) != "eq" or not leaf.polarity:
+        return None
+    numbers = _pair(leaf, (rows, cols), is_range) or _pair(leaf, (cols, rows), is_range)
+    if numbers is None or op(numbers) != "cumsum" or constant(argument(numbers, 1, "dim")) not in (-1.0, 1.0):
+        return None
+    breaks = _plain(numbers.args[0])
+    if breaks is None or op(breaks) != "ne" or constant(breaks.args[1]) != 1:
+        return None
+    steps = _plain(breaks.args[0])
+    if steps is None or op(steps) != "diff" or constant(argument(steps, 1, "n", 1)) != 1:
+        return None
+    return _plain(steps.args[0])
+
+
+def _pair(leaf: Leaf, sides: tuple[Dim, Dim], is_range: IsRange) -> fx.Node | None:
+    """Return the value that both operands read, the first along ``sides[0]`` and the second along ``sides[1]``."""
+    found = []
+    for operand, side in zip(leaf.node.args[:2], sides, strict=True):
+        if not is_node(operand):
+            return None
+        layout = broadcast(leaf.layout, operand)
+        other = sides[0] if side is sides[1] else sides[1]
+        if not set(flat(side)) <= set(symbols(layout)) or set(flat(other)) & set(symbols(layout)):
+            return None
+        found.append(_gathered(operand, is_range))
+    return found[0] if found[0] is not None and found[0] is found[1] else None
+
+
+def _gathered(node: fx.Node, is_range: IsRange) -> fx.Node | None:
+    """Return the value [B, N] that ``node`` reads in order, through views or an index with ranges."""
+    inner = _plain(node)
+    if inner is not None and op(inner) == "index" and isinstance(inner.args[1], list | tuple):
+        if all(is_node(index) and is_range(index) for index in inner.args[1]) and len(inner.args[1]) == 2:
+            return _plain(inner.args[0])
+        return None
+    return None
+
+
+def _plain(node: object) -> fx.Node | None:
+    """Step through broadcasts and casts."""
+    while is_node(node) and op(node) in ("expand", "to", "_to_copy", "alias", "clone", "contiguous"):
+        node = node.args[0]
+    return node if is_node(node) else None

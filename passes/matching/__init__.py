@@ -1,0 +1,1 @@
+"""From a softmax to an attention, or to the reason why it is none."""

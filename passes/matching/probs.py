@@ -1,0 +1,159 @@
+"""From the softmax forward: follow the attention weights to their product with the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from attnrewrite.passes.attention.contract import CONTRACTIONS, from_operand
+from attnrewrite.passes.attention.form import Gate, Operand, Reject, Role, Scores, Sink, Term
+from attnrewrite.passes.graph.axes import AxisError, Dim, Layout, broadcast, flat, forward, same, symbols
+from attnrewrite.passes.graph.constants import constant
+from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape, tensor
+
+_CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "pow", "mean", "sum"}
+
+
+@dataclass
+class Mixed:
+    """The product of weights and values: the site's output, its layout, the values, and what was done to the weights.
+
+    ``gates`` are factors on the weights; ``guard`` is the fill whose keys are zeroed once more behind the softmax, and
+    ``no_nan`` says that NaN becomes zero: both only matter to rows without visible keys.
+    """
+
+    output: fx.Node
+    layout: Layout
+    value: Operand
+    probs_first: bool = True
+    dropout: float = 0.0
+    gates: list[Gate] = field(default_factory=list)
+    guard: Term | None = None
+    no_nan: bool = False
+
+
+@dataclass
+class Follower:
+    """Follows the weights of one softmax, whose key axis is ``cols`` and which may have a sink column in front."""
+
+    scores: Scores
+    region: dict[tuple[Role, fx.Node], Layout]
+    cols: Dim
+    blocked: Reject | None = None
+
+    def follow(self, node: fx.Node, layout: Layout) -> Mixed:
+        """Return the product with the values. Raises Reject."""
+        found = self._follow(node, layout)
+        if found is not None:
+            return found
+        if self.blocked is not None:
+            raise self.blocked
+        raise Reject("AR202", "the softmax's result is not contracted with values along the same axis", node)
+
+    def _follow(self, node: fx.Node, layout: Layout) -> Mixed | None:
+        self.region["probs", node] = layout
+        for user in node.users:
+            if op(user) in CONTRACTIONS:
+                mixed = _mix(user, node, layout, self.cols)
+            else:
+                mixed = self._through(user, node, layout)
+            if mixed is not None:
+                return mixed
+        self.region.pop(("probs", node))
+        return None
+
+    def _through(self, user: fx.Node, node: fx.Node, layout: Layout) -> Mixed | None:
+        """Go on behind one step: a move of axes, dropout, the end of a sink, a gate, or a guard of empty rows."""
+        gate, guard, moved = None, None, None
+        try:
+            if op(user) in ("mul", "div"):
+                gate = self._gate(user, node, layout)
+                moved = layout if gate is not None else None
+            elif _first(user, node) and op(user) == "dropout":
+                moved = layout
+            elif _first(user, node) and op(user) == "slice" and self.scores.sink is not None:
+                moved = _without_sink(user, layout, self.scores.sink)
+            elif op(user) in ("masked_fill", "where"):
+                guard = self._guard(user, node)
+                moved = None if guard is None else layout
+            elif _drops_nan(user, node):
+                moved = layout
+            elif _first(user, node):
+                moved = forward(layout, user)
+        except AxisError:
+            return None
+        if moved is None:
+            self._block(user)
+            return None
+        mixed = self._follow(user, moved)
+        if mixed is not None:
+            mixed.dropout = max(mixed.dropout, _dropout(user))
+            mixed.gates += [gate] if gate is not None else []
+            mixed.guard = mixed.guard or guard
+            mixed.no_nan |= _drops_nan(user, node)
+        return mixed
+
+    def _block(self, user: fx.Node) -> None:
+        if op(user) in _CHANGES and self.blocked is None:
+            self.blocked = Reject("AR203", f"{user.target} changes the attention weights after the softmax", user)
+
+    def _gate(self, user: fx.Node, node: fx.Node, layout: Layout) -> Gate | None:
+        """Read a factor that does not depend on the key."""
+        first = _first(user, node)
+        other = user.args[1] if first else user.args[0]
+        if not is_node(other) or tensor(other) is None or other is node or user.kwargs.get("rounding_mode"):
+            return None
+        if (op(user) == "div" and not first) or len(shape(other)) > len(layout) or shape(user) != shape(node):
+            return None
+        where = broadcast(layout, other)
+        return None if set(symbols(where)) & set(flat(self.cols)) else Gate(other, where, op(user) == "div")
+
+    def _guard(self, user: fx.Node, node: fx.Node) -> Term | None:
+        """Return the fill term whose keys ``user`` zeroes once more."""
+        if op(user) == "masked_fill":
+            kept, mask, gone, when = user.args[0], user.args[1], user.args[2], True
+        else:
+            mask, kept, gone = user.args[:3]
+            when = kept is not node
+            kept, gone = (gone, kept) if when else (kept, gone)
+        if kept is not node or constant(gone) != 0.0:
+            return None
+        return next(
+            (t for t in self.scores.terms if t.kind == "fill" and t.when == when and same_value(t.node, mask)), None
+        )
+
+
+def _drops_nan(user: fx.Node, node: fx.Node) -> bool:
+    return op(user) == "nan_to_num" and _first(user, node) and constant(argument(user, 1, "nan", None) or 0.0) == 0.0
+
+
+def _first(user: fx.Node, node: fx.Node) -> bool:
+    return bool(user.args) and user.args[0] is node
+
+
+def _mix(user: fx.Node, node: fx.Node, layout: Layout, cols: Dim) -> Mixed | None:
+    product = from_operand(user, node, layout, cols, "e")
+    if product is None:
+        return None
+    left = Operand(product.left, product.left_layout)
+    right = Operand(product.right, product.right_layout)
+    first = left.node is node
+    return Mixed(user, product.result, right if first else left, first)
+
+
+def _without_sink(user: fx.Node, layout: Layout, sink: Sink) -> Layout | None:
+    """Return the layout behind the slice that cuts the sink's column off."""
+    dim = int(argument(user, 1, "dim", 0)) % len(layout)
+    if flat(layout[dim]) != flat(sink.wide):
+        return forward(layout, user)
+    start = argument(user, 2, "start", 0) or 0
+    fits = same(shape(user)[dim], sink.cols[0].size) and start == (0 if sink.last else 1)
+    return (*layout[:dim], sink.cols, *layout[dim + 1 :]) if fits and argument(user, 4, "step", 1) == 1 else None
+
+
+def _dropout(node: fx.Node) -> float:
+    if op(node) != "dropout" or argument(node, 2, "train") is False:
+        return 0.0
+    p = constant(argument(node, 1, "p"))
+    return 1.0 if p is None else p

@@ -1,0 +1,1 @@
+"""Attention as users spell it: registered functions, found by subgraph monomorphism."""

@@ -1,0 +1,1 @@
+"""Certificates: the nodes and the normal form, computed on the same numbers."""

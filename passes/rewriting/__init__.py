@@ -1,0 +1,1 @@
+"""What a site becomes, and how it gets into the graph."""

@@ -1,0 +1,82 @@
+"""Markers: how new parameters reach the graph.
+
+A converted layer passes its input through ``attnrewrite::enter(x, params, site)``. Dynamo and torch.export trace it, so
+the graph holds the parameters as true inputs, inside the layer's scope. The rewrite consumes the marker. One that is
+executed means that the backend never saw this call, which is an error: a converted model must never compute ordinary
+attention in silence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.passes.graph.capture import Capture
+from attnrewrite.passes.graph.nodes import layer_path
+from attnrewrite.passes.rules.base import Request
+
+
+@torch.library.custom_op("attnrewrite::enter", mutates_args=())
+def enter(x: torch.Tensor, params: Sequence[torch.Tensor], site: str) -> torch.Tensor:
+    """Mark that the layer with input ``x`` attends as ``site`` says, with the new parameters ``params``."""
+    what = json.loads(site)
+    raise error(
+        "AR308",
+        f"the layer was converted to {what['variant']}, and its marker was executed",
+        layer=what["layer"],
+    )
+
+
+@enter.register_fake
+def _(x: torch.Tensor, params: Sequence[torch.Tensor], site: str) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@dataclass
+class Marker:
+    """One marker in a graph, and what it asks for."""
+
+    node: fx.Node
+    layer: str
+    request: Request
+    used: bool = False
+
+
+def encode(layer: str, variant: str, config: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Return the marker's ``site`` argument."""
+    return json.dumps(
+        {"layer": layer, "variant": variant, "config": dict(config), "names": list(names)}, sort_keys=True
+    )
+
+
+def find(capture: Capture) -> list[Marker]:
+    """Return every marker of every graph, in order."""
+    found = []
+    for module in capture.graphs():
+        for node in module.graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.enter.default):
+            what = json.loads(str(node.args[2]))
+            parameters = dict(zip(what["names"], node.args[1], strict=True))
+            request = Request(what["variant"], what["config"], parameters, node)
+            found.append(Marker(node, layer_path(node) or what["layer"], request))
+    return found
+
+
+def has_markers(module: fx.GraphModule) -> bool:
+    """Whether a graph, or a body inside it, holds a marker."""
+    inner = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    overload, packet = torch.ops.attnrewrite.enter.default, torch.ops.attnrewrite.enter
+    return any(node.target in (overload, packet) for m in inner for node in m.graph.nodes if node.op == "call_function")
+
+
+def consume(marker: Marker) -> None:
+    """Remove the marker: what follows reads the layer's input itself."""
+    source = marker.node.args[0]
+    assert isinstance(source, fx.Node)
+    marker.node.replace_all_uses_with(source)
+    marker.node.graph.erase_node(marker.node)
