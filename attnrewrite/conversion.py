@@ -16,6 +16,7 @@ from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.pipeline import Pipeline, not_applied
 from attnrewrite.passes.report import Site
 from attnrewrite.passes.rewriting import markers
+from attnrewrite.passes.rewriting.enter import enter
 from attnrewrite.passes.rewriting.select import matches
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
@@ -50,11 +51,11 @@ class EnterHook:
         parameters = [getattr(holder, name) for name in self.names]
         for index, value in enumerate(args):
             if _is_layer_input(value):
-                marked = torch.ops.attnrewrite.enter(value, parameters, self.site)
+                marked = enter(value, parameters, self.site)
                 return (*args[:index], marked, *args[index + 1 :]), kwargs
         for key, value in kwargs.items():
             if _is_layer_input(value):
-                return args, {**kwargs, key: torch.ops.attnrewrite.enter(value, parameters, self.site)}
+                return args, {**kwargs, key: enter(value, parameters, self.site)}
         raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
 
 

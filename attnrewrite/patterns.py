@@ -13,7 +13,9 @@ from attnrewrite.passes.attention.form import EmptyRow
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.masks.classify import MaskReader
 from attnrewrite.passes.patterns.monomorphism import Host
-from attnrewrite.passes.patterns.registry import PATTERNS, Extra, Pattern, look_for
+from attnrewrite.passes.patterns.pattern import Pattern
+from attnrewrite.passes.patterns.registry import PATTERNS, Extra
+from attnrewrite.passes.patterns.search import look_for
 from attnrewrite.passes.proof.certificate import Prover
 
 

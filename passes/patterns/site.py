@@ -20,7 +20,7 @@ from attnrewrite.passes.graph.axes import AxisError, Dim, Layout, Symbol, broadc
 from attnrewrite.passes.graph.nodes import common_layer, is_node, op, shape, source_line, tensor
 from attnrewrite.passes.masks.classify import MaskReader
 from attnrewrite.passes.patterns.monomorphism import Host, aligned
-from attnrewrite.passes.patterns.registry import Pattern
+from attnrewrite.passes.patterns.pattern import Pattern
 from attnrewrite.passes.patterns.skeleton import FREE, Label, Skeleton, behind, fits, flattened, leaf, template, trace
 
 

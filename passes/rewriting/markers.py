@@ -13,29 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
 
-from attnrewrite.kernels.diagnostics import error
 from attnrewrite.passes.graph.capture import Capture
-from attnrewrite.passes.graph.nodes import layer_path
+from attnrewrite.passes.graph.nodes import layer_path, op
 from attnrewrite.passes.rules.base import Request
 
-
-@torch.library.custom_op("attnrewrite::enter", mutates_args=())
-def enter(x: torch.Tensor, params: Sequence[torch.Tensor], site: str) -> torch.Tensor:
-    """Mark that the layer with input ``x`` attends as ``site`` says, with the new parameters ``params``."""
-    what = json.loads(site)
-    raise error(
-        "AR308",
-        f"the layer was converted to {what['variant']}, and its marker was executed",
-        layer=what["layer"],
-    )
-
-
-@enter.register_fake
-def _(x: torch.Tensor, params: Sequence[torch.Tensor], site: str) -> torch.Tensor:
-    return torch.empty_like(x)
+ENTER = "attnrewrite::enter"
+"""The operator's name. ``passes/rewriting/enter.py`` defines it, for models that are converted."""
 
 
 @dataclass
@@ -59,7 +45,9 @@ def find(capture: Capture) -> list[Marker]:
     """Return every marker of every graph, in order."""
     found = []
     for module in capture.graphs():
-        for node in module.graph.find_nodes(op="call_function", target=torch.ops.attnrewrite.enter.default):
+        for node in module.graph.nodes:
+            if op(node) != ENTER:
+                continue
             what = json.loads(str(node.args[2]))
             parameters = dict(zip(what["names"], node.args[1], strict=True))
             request = Request(what["variant"], what["config"], parameters, node)
@@ -70,8 +58,12 @@ def find(capture: Capture) -> list[Marker]:
 def has_markers(module: fx.GraphModule) -> bool:
     """Whether a graph, or a body inside it, holds a marker."""
     inner = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
-    overload, packet = torch.ops.attnrewrite.enter.default, torch.ops.attnrewrite.enter
-    return any(node.target in (overload, packet) for m in inner for node in m.graph.nodes if node.op == "call_function")
+    return any(_is_enter(node.target) for m in inner for node in m.graph.nodes)
+
+
+def _is_enter(target: object) -> bool:
+    packet = target.overloadpacket if isinstance(target, OpOverload) else target
+    return isinstance(packet, OpOverloadPacket) and packet._qualified_op_name == ENTER
 
 
 def consume(marker: Marker) -> None:

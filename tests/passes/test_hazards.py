@@ -2,73 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_good
+from compiled import WIDTH, Attention, compiled_like_eager, rewritten
 from torch import Tensor, nn
 
 import attnrewrite
-from attnrewrite.passes.report import Report, Site
-
-WIDTH, HEADS = 16, 4
-
-
-class Attention(nn.Module):
-    """Plain multi-head attention with one change to override."""
-
-    def __init__(self, heads: int = HEADS, width: int = WIDTH) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
-
-    def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)
-
-    def mask(self, scores: Tensor) -> Tensor:
-        return scores
-
-    def forward(self, x: Tensor) -> Any:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        scores = self.mask(q @ k.mT * q.shape[-1] ** -0.5)
-        return self.o((torch.softmax(scores, -1) @ v).transpose(-3, -2).flatten(-2))
-
-
-def compiled_like_eager(model: nn.Module | Callable[..., Any], *inputs: Tensor, **options: Any) -> list[Site]:
-    """Compile ``model``, compare values and gradients with eager PyTorch, and return the sites."""
-    torch._dynamo.reset()
-    reports: list[Report] = []
-    backend = attnrewrite.Backend(inner="aot_eager", strict=True, report=reports.append)
-    twin = copy.deepcopy(model)
-    compiled = torch.compile(twin, backend=backend, **options)
-    torch.manual_seed(1)
-    ordinary, theirs = gradients(model, inputs)
-    torch.manual_seed(1)
-    found, ours = gradients(compiled, inputs)
-    for a, b in zip(found, ordinary, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True)
-    return [site for report in reports for site in report.sites]
-
-
-def gradients(model: Any, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
-    leaves = [x.detach().clone().requires_grad_(x.is_floating_point()) for x in inputs]
-    out = model(*leaves)
-    found = list(out) if isinstance(out, tuple) else [out]
-    wanted = [x for x in leaves if x.requires_grad]
-    if not any(x.requires_grad for x in found):
-        return found, []
-    total = sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in found)
-    return [x.detach() for x in found], list(torch.autograd.grad(total, wanted))
-
-
-def rewritten(sites: list[Site]) -> bool:
-    return len(sites) == 1 and sites[0].status == "rewritten" and sites[0].certificate == "proved"
+from attnrewrite.passes.report import Report
 
 
 @pytest.mark.parametrize("shape", [(4, 4, 4), (1, 1, 16), (1, 7, 16), (3, 1, 16), (16, 16, 16)], ids=str)
@@ -272,115 +216,6 @@ class DataMask(Attention):
 def test_a_mask_that_depends_on_the_scores() -> None:
     (site,) = compiled_like_eager(DataMask(), torch.randn(2, 5, WIDTH))
     assert site.mask.kind == "custom"
-
-
-class Sink(Attention):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sinks = nn.Parameter(torch.randn(HEADS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        sinks = self.sinks.reshape(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], -1)
-        combined = torch.cat([q @ k.mT * 0.5, sinks], dim=-1)
-        combined = combined - combined.max(dim=-1, keepdim=True).values
-        weights = torch.softmax(combined, dim=-1)[..., :-1]
-        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
-
-
-def test_a_sink_column_is_recognised_and_left() -> None:
-    (site,) = compiled_like_eager(Sink(), torch.randn(2, 5, WIDTH))
-    assert (site.status, site.certificate, [r.code for r in site.rejections]) == ("matched", "proved", ["AR401"])
-    assert "sink" in site.spelling
-
-
-class LogSumExp(Attention):
-    """Rows without keys: -1e9 swallows the logarithm, and the weights sum to S."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        scores = (q @ k.mT * 0.5).masked_fill((x[..., 0] > 0)[:, None, None], -1e9)
-        weights = torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))
-        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
-
-
-def test_a_softmax_that_is_none_on_hidden_rows_fails_its_certificate() -> None:
-    x = torch.randn(2, 5, WIDTH)
-    x[0, :, 0] = 1.0
-    (site,) = compiled_like_eager(LogSumExp(), x)
-    assert (site.status, [r.code for r in site.rejections]) == ("rejected", ["AR205"])
-
-
-class BareExponentials(Attention):
-    """A softmax without a maximum taken off."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        weights = torch.exp(q @ k.mT)
-        return self.o((weights / weights.sum(-1, keepdim=True) @ v).transpose(-3, -2).flatten(-2))
-
-
-def test_bare_exponentials() -> None:
-    assert rewritten(compiled_like_eager(BareExponentials(), torch.randn(2, 5, WIDTH)))
-
-
-class Gated(Attention):
-    """A factor per head on the weights, and rows without keys set to zero."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu()  # the first row sees nothing
-        weights = torch.softmax((q @ k.mT * 0.5).masked_fill(hidden, -1e9), -1).masked_fill(hidden, 0.0)
-        weights = weights * torch.sigmoid(x[..., :HEADS]).mT[..., None]
-        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
-
-
-def test_gated_weights_and_zeroed_rows() -> None:
-    (site,) = compiled_like_eager(Gated(), torch.randn(2, 5, WIDTH))
-    assert (site.status, site.mask.kind, site.mask.offset) == ("rewritten", "causal", -1)
-    assert "gated weights" in site.spelling
-
-
-@pytest.mark.parametrize("form", ["fast path", "padding"])
-@pytest.mark.parametrize("norm_first", [True, False])
-def test_the_encoder_fast_path_is_looked_into(form: str, norm_first: bool) -> None:
-    torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True, norm_first=norm_first).eval()
-    x, padding = torch.randn(2, 6, WIDTH), torch.zeros(2, 6, dtype=torch.bool)
-    padding[0, 4:] = True
-    mask = padding if form == "padding" else None
-    reports: list[Report] = []
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, backend=attnrewrite.Backend(inner="aot_eager", strict=True, report=reports.append))
-    with torch.no_grad():
-        found, ordinary = compiled(x, src_key_padding_mask=mask), layer(x, src_key_padding_mask=mask)
-        true = copy.deepcopy(layer).double()(x.double(), src_key_padding_mask=mask)
-    (site,) = [site for report in reports for site in report.sites]
-    assert (site.status, site.heads) == ("rewritten", HEADS)
-    assert_as_good("output", found, ordinary, true)
-
-
-@pytest.mark.parametrize(
-    "masks", [(), ("attn_mask",), ("key_padding_mask",), ("attn_mask", "key_padding_mask")], ids=str
-)
-@pytest.mark.parametrize("need_weights", [True, False])
-def test_multi_head_attention_in_eval_mode(masks: tuple[str, ...], need_weights: bool) -> None:
-    """Without gradients this is one opaque operator, with masks or without."""
-    torch.manual_seed(0)
-    module = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
-    x, padding = torch.randn(2, 6, WIDTH), torch.zeros(2, 6, dtype=torch.bool)
-    padding[0, 4:] = True
-    held = {"attn_mask": torch.ones(6, 6, dtype=torch.bool).triu(1), "key_padding_mask": padding}
-    keywords = {"need_weights": need_weights, **{name: held[name] for name in masks}}
-    reports: list[Report] = []
-    torch._dynamo.reset()
-    compiled = torch.compile(module, backend=attnrewrite.Backend(inner="aot_eager", strict=True, report=reports.append))
-    with torch.no_grad():
-        found, ordinary = compiled(x, x, x, **keywords), module(x, x, x, **keywords)
-    (site,) = [site for report in reports for site in report.sites]
-    assert site.status == "rewritten" or site.rejections[0].code == "AR404"
-    for a, b in zip(found, ordinary, strict=True):
-        assert (a is None and b is None) or torch.allclose(a, b, atol=1e-6)
 
 
 class Broken(Attention):

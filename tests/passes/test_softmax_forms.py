@@ -1,0 +1,74 @@
+"""Softmax with more than a softmax: sinks, logarithms, exponentials, gates."""
+
+from __future__ import annotations
+
+import torch
+from compiled import HEADS, WIDTH, Attention, compiled_like_eager, rewritten
+from torch import Tensor, nn
+
+
+class Sink(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sinks = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        sinks = self.sinks.reshape(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], -1)
+        combined = torch.cat([q @ k.mT * 0.5, sinks], dim=-1)
+        combined = combined - combined.max(dim=-1, keepdim=True).values
+        weights = torch.softmax(combined, dim=-1)[..., :-1]
+        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
+
+
+def test_a_sink_column_is_recognised_and_left() -> None:
+    (site,) = compiled_like_eager(Sink(), torch.randn(2, 5, WIDTH))
+    assert (site.status, site.certificate, [r.code for r in site.rejections]) == ("matched", "proved", ["AR401"])
+    assert "sink" in site.spelling
+
+
+class LogSumExp(Attention):
+    """Rows without keys: -1e9 swallows the logarithm, and the weights sum to S."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        scores = (q @ k.mT * 0.5).masked_fill((x[..., 0] > 0)[:, None, None], -1e9)
+        weights = torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True))
+        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
+
+
+def test_a_softmax_that_is_none_on_hidden_rows_fails_its_certificate() -> None:
+    x = torch.randn(2, 5, WIDTH)
+    x[0, :, 0] = 1.0
+    (site,) = compiled_like_eager(LogSumExp(), x)
+    assert (site.status, [r.code for r in site.rejections]) == ("rejected", ["AR205"])
+
+
+class BareExponentials(Attention):
+    """A softmax without a maximum taken off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        weights = torch.exp(q @ k.mT)
+        return self.o((weights / weights.sum(-1, keepdim=True) @ v).transpose(-3, -2).flatten(-2))
+
+
+def test_bare_exponentials() -> None:
+    assert rewritten(compiled_like_eager(BareExponentials(), torch.randn(2, 5, WIDTH)))
+
+
+class Gated(Attention):
+    """A factor per head on the weights, and rows without keys set to zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
+        hidden = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu()  # the first row sees nothing
+        weights = torch.softmax((q @ k.mT * 0.5).masked_fill(hidden, -1e9), -1).masked_fill(hidden, 0.0)
+        weights = weights * torch.sigmoid(x[..., :HEADS]).mT[..., None]
+        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
+
+
+def test_gated_weights_and_zeroed_rows() -> None:
+    (site,) = compiled_like_eager(Gated(), torch.randn(2, 5, WIDTH))
+    assert (site.status, site.mask.kind, site.mask.offset) == ("rewritten", "causal", -1)
+    assert "gated weights" in site.spelling
