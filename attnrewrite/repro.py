@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.passes.attention.regions import is_mode_switch
 from attnrewrite.passes.extract import Extract, of_anchor, of_site, onwards
 from attnrewrite.passes.graph.nodes import NUMBER, is_weight, tensor
 from attnrewrite.passes.matching.match import Found
@@ -220,6 +221,9 @@ def _call(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
     if node.op == "placeholder":  # a number that the model's code holds
         return f"torch.tensor({_literal(node.meta[NUMBER], names)}, dtype={node.meta['val'].dtype})"
     words = [_literal(x, names) for x in node.args]
+    if is_mode_switch(node):
+        home = "torch._C" if node.target is torch._C._set_grad_enabled else "torch.amp.autocast_mode"
+        return f"{home}.{getattr(node.target, '__name__', '')}({', '.join(words)})"
     if not isinstance(node.target, torch._ops.OpOverload):
         return f"{words[0]}[{words[1]}]"
     words += [f"{key}={_literal(x, names)}" for key, x in node.kwargs.items()]

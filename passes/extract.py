@@ -10,7 +10,7 @@ from torch import fx
 
 from attnrewrite.passes.attention.contract import CONTRACTIONS
 from attnrewrite.passes.attention.form import Attention
-from attnrewrite.passes.attention.regions import root, written
+from attnrewrite.passes.attention.regions import is_mode_switch, root, written
 from attnrewrite.passes.attention.softmax import softmax_at
 from attnrewrite.passes.graph.axes import ALIASES, RESHAPES
 from attnrewrite.passes.graph.nodes import is_weight, op, tensor
@@ -76,7 +76,8 @@ def of_anchor(anchor: fx.Node) -> Extract:
     roles = {node: "scores" if order[node] < order[anchor] else "probs" for node in path}
     roles |= dict.fromkeys(beyond, "output")
     whole = _between({*path, *_chains([*behind, *beyond])})
-    return Extract(_between({*whole, *_writes(whole)}), roles)
+    whole = _between({*whole, *_writes(whole)})
+    return Extract(sorted({*whole, *_switches(whole)}), roles)
 
 
 def onwards(extract: Extract) -> Extract:
@@ -128,6 +129,16 @@ def _writes(nodes: list[fx.Node]) -> list[fx.Node]:
     changed = {root(written(node)) for node in writers} - {None}
     views = [x for node in [*seen, *writers] if root(node) in changed for x in _views(node)]
     return [*writers, *views] if changed else []
+
+
+def _switches(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Return the switches of autocast and grad mode among ``nodes``, with those that open and close their regions."""
+    between = [node for node in _span(nodes) if is_mode_switch(node)]
+    autocast = [x for node in between for x in (*node.all_input_nodes, *node.users)]
+    graded = [node for node in between if not node.all_input_nodes and not node.users]
+    every = [node for node in nodes[0].graph.nodes if graded and node.target is graded[0].target]
+    before, after = [x for x in every if x < nodes[0]], [x for x in every if nodes[-1] < x]
+    return [*between, *autocast, *before[-1:], *after[:1]]
 
 
 def _views(node: fx.Node) -> list[fx.Node]:

@@ -17,7 +17,7 @@ def check_regions(site: Attention) -> None:
         earliest[root(value)] = value
     node, depth = min(inside), 0
     while node is not site.output:
-        if _is_mode_switch(node):
+        if is_mode_switch(node):
             depth = _switch(node, depth, site)
         elif node not in inside and _overwrites(node, earliest):
             raise Reject("AR207", f"{node} writes in place to a value that this attention reads", node)
@@ -34,7 +34,8 @@ def _overwrites(node: fx.Node, earliest: dict[fx.Node | None, fx.Node]) -> bool:
     return target is not None and earliest.get(root(target), node) < node
 
 
-def _is_mode_switch(node: fx.Node) -> bool:
+def is_mode_switch(node: fx.Node) -> bool:
+    """Whether ``node`` begins or ends an autocast region, or sets the grad mode."""
     name = getattr(node.target, "__name__", "")
     return name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_grad_enabled")
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from attnrewrite.kernels.diagnostics import error
-from attnrewrite.passes.graph import fastpath
+from attnrewrite.passes.graph import fastpath, modes
 from attnrewrite.passes.graph.nodes import NAME, NUMBER, WEIGHT, is_weight, source_line
 
 Entry = Literal["dynamo", "export"]
@@ -116,6 +116,7 @@ def from_program(program: torch.export.ExportedProgram) -> Capture:
             node.meta[NUMBER] = float(value)
         if given.name not in weights and name not in mutated and isinstance(value, torch.Tensor):
             capture.buffers[node] = value
+    modes.write_out(capture.module)
     _prepare(capture)
     return capture
 

@@ -69,6 +69,20 @@ class Einsum(Base):
         return torch.einsum("bij,bjd->bid", (scores * x[:, None, :, 0]).softmax(-1), self.v(x))
 
 
+class Straddling(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = self.scores(x)
+        return torch.softmax(scores.float(), -1) @ self.v(x)
+
+
+class NoGradScores(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            weights = torch.softmax(self.scores(x), -1)
+        return weights @ self.v(x)
+
+
 def inspected(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Report, dict[str, str]]:
     report, found = inspect_capture(capture_model(model, args, kwargs))
     return report, programs(report, found)
@@ -97,7 +111,10 @@ def verdict(site: Site) -> tuple[str, list[str]]:
     return site.status, [rejection.code for rejection in site.rejections]
 
 
-@pytest.mark.parametrize("cls", [HeadMask, ScaledByWeights, Relu, Dropped, WrittenLater, Einsum])
+CASES = [HeadMask, ScaledByWeights, Relu, Dropped, WrittenLater, Einsum, Straddling, NoGradScores]
+
+
+@pytest.mark.parametrize("cls", CASES)
 def test_program_shows_the_same_rejection(cls: type[nn.Module]) -> None:
     report, found = inspected(cls(), X)
     (site,), (text,) = report.sites, found.values()

@@ -104,6 +104,30 @@ class NoGradScores(Base):
         return weights @ self.v(x)
 
 
+class SoftmaxInFullPrecision(Base):
+    """Autocast is off around the softmax alone, within a region of no gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scores = self.scores(x)
+            with torch.autocast("cpu", enabled=False):
+                weights = torch.softmax(scores.float(), -1)
+            return weights @ self.v(x)
+
+
+class WholeInRegions(Base):
+    """Everything lies in one region, beside other regions, with a constant of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = x + self.q(x)
+        with torch.no_grad():
+            y = x + torch.arange(WIDTH) / WIDTH
+            with torch.autocast("cpu", enabled=False):
+                out, twice = torch.softmax(self.scores(y), -1) @ self.v(y), y * 2
+        return out + twice + x
+
+
 class WrittenLater(Base):
     """The queries are overwritten between their use and the attention's output."""
 
@@ -167,6 +191,15 @@ def test_other_softmaxes_are_reported_as_no_attention(cls: type[nn.Module], kind
     assert row.code == "AR202"
     assert kind in row.detail
     assert "test_refusals.py:" in row.source
+
+
+@pytest.mark.parametrize("cls", [Straddling, NoGradScores, SoftmaxInFullPrecision, WholeInRegions])
+def test_edges_of_regions_are_seen_alike_at_both_entries(cls: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = cls()
+    (ours,), (theirs,) = attnrewrite.explain(model, X).sites, compiled_report(model).sites
+    assert (ours.rejections, ours.source) == (theirs.rejections, theirs.source)
+    assert [r.code for r in ours.rejections] == ([] if cls is WholeInRegions else ["AR204"])
 
 
 @pytest.mark.parametrize(
