@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -92,7 +93,7 @@ def measure(family: Family) -> Row:
         _training(family),
         _sdpa(family),
         _ratio(sum(site.certificate == "proved" for site in inference.sites), len(inference.sites)),
-        _ratio(sum(agrees(model.config, site) for site in _matched(inference)), len(_matched(inference))),
+        _ratio(sum(agrees(model.config, site, family.heads) for site in _matched(inference)), len(_matched(inference))),
         _remark(inference),
     )
 
@@ -125,15 +126,20 @@ def _seeded(function: Callable[[], Any]) -> Any:
 
 
 def dynamo_report(model: nn.Module, inputs: dict[str, Any], train: bool = False) -> Report:
-    """Inspect every graph that Dynamo makes of one call."""
+    """Inspect every graph that Dynamo makes of one call; one that runs for several layers counts for each of them."""
     report, pipeline = Report(), Pipeline()
 
     def collect(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
         try:
-            report.extend(pipeline.inspect(from_dynamo(gm, example_inputs))[0])
+            part = pipeline.inspect(from_dynamo(gm, example_inputs))[0]
         except AttnRewriteError as failure:
-            report.rejections.append(Rejection(failure.code, failure.detail))
-        return gm
+            part = Report(rejections=[Rejection(failure.code, failure.detail)])
+
+        def run(*inputs: Any) -> Any:
+            report.extend(copy.deepcopy(part))
+            return gm(*inputs)
+
+        return run
 
     torch._dynamo.reset()
     with torch.set_grad_enabled(train):
@@ -168,11 +174,12 @@ def _remark(report: Report) -> str:
     return "; ".join(sorted(reasons)).replace("|", "\\|")
 
 
-def agrees(config: Any, site: Any) -> bool:
-    """Whether a site has the heads, the KV heads, the window and the soft-cap that its config allows."""
+def agrees(config: Any, site: Any, told: int | None = None) -> bool:
+    """Whether a site has the heads (or those ``told``), KV heads, window and soft-cap that its config allows."""
     configs = list(_configs(config))
     heads = _numbers(configs, "num_attention_heads", "num_heads", "num_decoder_attention_heads", "n_head", "n_heads")
     heads |= _numbers(configs, "encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads")
+    heads = heads if told is None else {told}
     kv_heads = _numbers(configs, "num_key_value_heads", "num_kv_heads") | heads | {1}
     windows = _numbers(configs, "sliding_window", "window_size", "local_attention", "attention_window_size") | {None}
     caps = _numbers(configs, "attn_logit_softcapping", "attention_logits_soft_cap") | {None}

@@ -118,11 +118,15 @@ def series(model: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Family:
-    """One model type: what its config needs beside small sizes, and what it is fed."""
+    """One model type: what its config needs beside small sizes, and what it is fed.
+
+    ``heads`` is for a family whose config gives the number of heads in another way.
+    """
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     inputs: Callable[[nn.Module], dict[str, Any]] = text
+    heads: int | None = None
 
 
 def _plain(names: str, inputs: Callable[[nn.Module], dict[str, Any]] = text) -> list[Family]:
@@ -135,9 +139,9 @@ _LATENT |= {"num_key_value_heads": HEADS, "first_k_dense_replace": 1, "n_group":
 _SWIN = {"num_heads": [2, 4], "depths": [2, 2], "embed_dim": 16, "hidden_size": 32, "window_size": 2, "patch_size": 4}
 
 FAMILIES: list[Family] = [
-    *_plain(
-        "albert bart bert big_bird biogpt blenderbot bloom cohere cohere2 convbert data2vec-text deberta deberta-v2"
-    ),
+    *_plain("albert bart bert big_bird biogpt blenderbot bloom cohere cohere2"),
+    Family("convbert", heads=HEADS // 2),  # head_ratio: half the heads attend, the others are convolutions
+    *_plain("data2vec-text deberta deberta-v2"),
     *_plain("distilbert doge electra ernie falcon fnet gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo"),
     *_plain(
         "gpt_neox gpt_oss granite imagegpt jetmoe layoutlm llama m2m_100 marian mbart megatron-bert mistral mixtral"

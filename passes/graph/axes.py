@@ -224,6 +224,15 @@ def _repeat_interleave_back(layout: Layout, node: fx.Node) -> Layout:
     return split[: dim + 1] + split[dim + 2 :]
 
 
+def _repeat_back(layout: Layout, node: fx.Node) -> Layout:
+    """Tell the copies of every axis, which lie outermost, from the axis itself."""
+    inner, times = shape(_input(node)), list(node.args[1])  # type: ignore[arg-type]  # ints by schema
+    if len(times) != len(inner):
+        raise AxisError("repeat with new axes")
+    wide = [size for pair in zip(times, inner, strict=True) for size in pair]
+    return reshape(layout, shape(node), wide)[1::2]
+
+
 _BACK: dict[str, Callable[[Layout, fx.Node], Layout]] = {
     **dict.fromkeys(RESHAPES | {"squeeze"}, _reshape_back),
     **dict.fromkeys(ALIASES, lambda layout, node: layout),
@@ -232,6 +241,7 @@ _BACK: dict[str, Callable[[Layout, fx.Node], Layout]] = {
     "expand": _expand_back,
     "slice": _slice_back,
     "repeat_interleave": _repeat_interleave_back,
+    "repeat": _repeat_back,
 }
 
 

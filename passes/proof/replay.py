@@ -125,6 +125,9 @@ class Replay:
             dim = int(node.args[2] if len(node.args) > 2 else node.kwargs["dim"])  # type: ignore[arg-type]  # int by schema
             times = small_shape(layout, self.sizes)[dim] // first.shape[dim]  # type: ignore[union-attr]  # a tensor
             return first.repeat_interleave(times, dim)  # type: ignore[union-attr]  # a tensor
+        if name == "repeat" and layout is not None:
+            wide = zip(small_shape(layout, self.sizes), first.shape, strict=True)  # type: ignore[union-attr]  # a tensor
+            return first.repeat([size // inner for size, inner in wide])  # type: ignore[union-attr]  # a tensor
         return self._call(role, node)
 
     def _slice(self, node: fx.Node, first: torch.Tensor, want: list[int]) -> torch.Tensor:

@@ -36,7 +36,7 @@ _ELEMENTWISE = {
     "layer_norm",
     "rms_norm",
 }
-_VIEWS = (MOVES - {"expand", "slice", "repeat_interleave"}) | {"unbind"}
+_VIEWS = (MOVES - {"expand", "slice", "repeat_interleave", "repeat"}) | {"unbind"}
 _PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
 
 

@@ -228,3 +228,28 @@ def test_what_cannot_be_read_is_not_known(monkeypatch: pytest.MonkeyPatch) -> No
     assert (site.rope, site.rope_dims, site.qk_norm, site.cross, site.cache) == (None,) * 5
     assert site.projections == {"query": None, "key": None, "value": None}
     assert [(b.kind, b.trainable) for b in site.bias] == [(None, None)]
+
+
+class Grouped(Layer):
+    """Two key heads for four query heads; nothing behind the values tells what the heads are."""
+
+    def __init__(self, tiled: bool) -> None:
+        super().__init__()
+        self.k, self.v = nn.Linear(WIDTH, WIDTH // 2), nn.Linear(WIDTH, WIDTH // 2)
+        self.o, self.tiled = nn.Linear(D, D), tiled
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, D)).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = halves(self, self.heads(self.q(x))), halves(self, self.heads(self.k(x))), self.heads(self.v(x))
+        k, v = (y.repeat(1, 2, 1, 1) if self.tiled else y.repeat_interleave(2, 1) for y in (k, v))
+        hidden = torch.ones(L, L, dtype=torch.bool).triu(1)
+        return self.o(((q @ k.mT).masked_fill(hidden, -1e30).softmax(-1) @ v).sigmoid()).amax(1)
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+def test_groups_of_heads_are_told_by_the_queries(tiled: bool) -> None:
+    site = only(Grouped(tiled))
+    assert (site.heads, site.kv_heads, site.query_length, site.key_length) == (H, 2, L, L)
+    assert (site.mask.kind, site.certificate) == ("causal", "proved")
