@@ -34,6 +34,7 @@ from attnrewrite.passes.graph.nodes import is_node, op, tensor
 from attnrewrite.passes.masks.documents import split_documents
 from attnrewrite.passes.masks.grids import draw, grid, name_grid
 from attnrewrite.passes.masks.selection import affine_selection
+from attnrewrite.passes.masks.smallness import is_small
 from attnrewrite.passes.report import Mask
 
 _AND = {"bitwise_and", "logical_and", "__and__", "__iand__"}
@@ -80,7 +81,7 @@ class MaskReader:
             read = self._term(graph, term, rows, heads)
             if read is None:
                 seen.bias.append(term)
-                seen.bias_is_small &= self._is_small(term)
+                seen.bias_is_small &= is_small(term.node, term.weight, self._static_value)
                 continue
             parts, fill = read
             seen.terms.append(term)
@@ -117,10 +118,6 @@ class MaskReader:
             if seen.padding:
                 facts.kind = "padding" if facts.kind == "none" else facts.kind + "+padding"
         seen.rows_never_empty &= not seen.padding and not seen.dense
-
-    def _is_small(self, term: Term) -> bool:
-        value = self._static_value(term.node)
-        return value is not None and bool((value * term.weight > NEGLIGIBLE).all())
 
     def is_zero_one(self, node: fx.Node) -> bool:
         """Whether a mask is known to hold nothing but the numbers 0 and 1."""

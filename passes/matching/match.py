@@ -105,9 +105,9 @@ def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
     query_first = query.layout is product.left_layout
     site = _build(anchor, mixed, chains, scores, axes, region, reader, query_first, softmax)
     seen = site.visibility
-    sure = seen.rows_never_empty and seen.bias_is_small
-    if finite and not sure and any(term.kind == "add" for term in scores.terms):
-        # A bias as low as the fill would share its row with keys that are zeroed afterwards.
+    added = any(term.kind == "add" for term in seen.terms) and not seen.rows_never_empty
+    if finite and (added or not seen.bias_is_small):
+        # What is added as low as the fill would share its row with keys that are zeroed afterwards.
         raise Reject("AR203", "weights are zeroed after the softmax, beside a finite fill and a bias", anchor)
     return site
 

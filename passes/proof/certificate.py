@@ -53,7 +53,7 @@ def fingerprint(site: Attention) -> str:
     s = site.scores
     rows.append(f"{s.alpha} {s.softcap} {s.floor} {s.is_causal} {[(axes(x), d) for _, x, d in s.factors]}")
     rows.append(f"{[axes(x) for _, x in s.shifts]} {[(axes(g.layout), g.divide) for g in site.gates]} {site.guarded}")
-    rows.append(f"{_always_sees(site)}")
+    rows.append(f"{_always_sees(site)} {[_shows(site, term) for term in s.terms]}")
     rows.append("" if site.matched is None else f"{site.matched.key} {[x.size for x in flat(site.inner)]}")
     rows.append("" if s.sink is None else f"sink {axes(s.sink.layout)} {s.sink.last}")
     rows += [f"{t.kind} {axes(t.layout)} {t.weight} {t.value} {t.when} {t.node.meta['val'].dtype}" for t in s.terms]
@@ -101,6 +101,13 @@ def _always_sees(site: Attention) -> bool:
     return site.matched is None and site.visibility.rows_never_empty and site.visibility.bias_is_small
 
 
+def _shows(site: Attention, term: Term) -> bool:
+    """Whether a bias beside keys that are zeroed after the softmax is known to hide none: the match rests on it."""
+    seen = site.visibility
+    masked = any(mask.kind == "add" for mask in seen.terms)
+    return site.guarded and seen.bias_is_small and term.kind == "add" and not masked
+
+
 def _true_width(site: Attention) -> Sizes:
     """Keep the head dim's true size: a pattern's literals follow from it, as its scale does."""
     true = {symbol: int(symbol.size) for symbol in flat(site.inner)}
@@ -130,7 +137,7 @@ def _random(site: Attention, sizes: Sizes, generator: torch.Generator, scale: fl
     nodes |= {gate.node: _factor(gate.node, gate.layout, normal) for gate in site.gates}
     nodes |= {node: normal(layout) for node, layout in site.scores.shifts}
     for term in site.scores.terms:
-        nodes[term.node] = _term_value(term, normal(term.layout), hidden)
+        nodes[term.node] = normal(term.layout) if _shows(site, term) else _term_value(term, normal(term.layout), hidden)
         if _always_sees(site):
             _show_first_key(nodes[term.node], term, site)
     if site.scores.sink is not None:
