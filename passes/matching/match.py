@@ -20,7 +20,7 @@ from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.nodes import argument, common_layer, is_node, op, shape, source_line
 from attnrewrite.passes.masks.classify import MaskReader
 from attnrewrite.passes.matching import scores as score_form
-from attnrewrite.passes.matching.others import is_attention_like, kind_of
+from attnrewrite.passes.matching.others import is_attention_like, kind_of, stored_apart
 from attnrewrite.passes.matching.probs import Follower, Mixed
 from attnrewrite.passes.patterns import registry as patterns
 from attnrewrite.passes.report import Rejection
@@ -73,12 +73,15 @@ def _verdict(failure: Reject | AxisError, anchor: fx.Node, softmax: Softmax | No
     """Return why an anchor was not matched; attention whose form is not read is refused, not called another thing."""
     if not isinstance(failure, Reject):
         return Reject("AR203", str(failure), anchor)
-    if failure.code != "AR202" or softmax is None or not is_attention_like(softmax):
+    lost = failure.detail.startswith(score_form.LOST)
+    if softmax is None or not (lost or (failure.code == "AR202" and is_attention_like(softmax))):
         return failure
-    detail = failure.detail
+    detail, apart = failure.detail, stored_apart(softmax)
+    if apart is not None:
+        return Reject("AR203", *apart, "scores of all queries and keys in one matrix: query @ key.mT")
     if detail == score_form.NO_PRODUCT and failure.node is not None:
         detail = f"{failure.node.target} stands between the query-key product and the softmax"
-    return Reject("AR203", detail, failure.node)
+    return Reject("AR203", detail, failure.node, failure.nearest)
 
 
 def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:

@@ -12,7 +12,7 @@ from torch import fx
 from attnrewrite.passes.attention.contract import CONTRACTIONS, is_product
 from attnrewrite.passes.attention.regions import root, written
 from attnrewrite.passes.attention.softmax import CASTS, Softmax
-from attnrewrite.passes.graph.axes import MOVES
+from attnrewrite.passes.graph.axes import ALIASES, MOVES, RESHAPES, AxisError, forward, fresh
 from attnrewrite.passes.graph.nodes import is_node, is_weight, op, shape
 
 _CHOOSES = {"topk", "sort", "argmax", "multinomial", "max", "argsort", "one_hot", "scatter"}
@@ -52,14 +52,45 @@ def kind_of(softmax: Softmax) -> str:
     return "a classifier or a probability: it is returned" if returned else "a softmax that meets no values"
 
 
+def stored_apart(softmax: Softmax) -> tuple[str, fx.Node] | None:
+    """Say in which way scores are stored other than as one matrix of queries and keys, and where."""
+    for node in _way_back(softmax):
+        if op(node) in RESHAPES and is_node(node.args[0]) and _is_padded(node.args[0]) and _cuts_across(node):
+            return "the scores are stored by diagonals: they are padded and their axes are cut anew", node
+    for node in _way_back(softmax):
+        if _is_new(node) and any(_written_into(node)):
+            return "the scores are stored by chunks: they are written piece by piece into a new tensor", node
+    return None
+
+
+def _is_padded(node: fx.Node) -> bool:
+    while op(node) in ALIASES and is_node(node.args[0]):
+        node = node.args[0]
+    return op(node) in ("pad", "constant_pad_nd")
+
+
+def _cuts_across(view: fx.Node) -> bool:
+    try:
+        forward(fresh(view.args[0], ["x"] * len(shape(view.args[0]))), view)  # type: ignore[arg-type]  # a tensor by schema
+    except AxisError:
+        return True
+    return False
+
+
 def _from_product(softmax: Softmax) -> bool:
     """Whether a product of two computed values is among what the scores are made of."""
+    return any(op(node) in CONTRACTIONS and is_product(node) for node in _way_back(softmax))
+
+
+def _way_back(softmax: Softmax) -> Iterator[fx.Node]:
+    """Yield what the scores are made of, along every operation that keeps scores scores, products included."""
     through = _MOVES | _ELEMENTWISE | _SCORES | CASTS
     todo, seen = [softmax.scores], {softmax.scores}
     while todo and len(seen) < _REACH:
         node = todo.pop()
+        yield node
         if op(node) in CONTRACTIONS and is_product(node):
-            return True
+            continue
         item = getattr(node.target, "__name__", "") == "getitem"
         if op(node) not in through and not item and not _mixes_heads(node) and not _is_new(node):
             continue
@@ -67,7 +98,6 @@ def _from_product(softmax: Softmax) -> bool:
             if source not in seen:
                 seen.add(source)
                 todo.append(source)
-    return False
 
 
 def _from_outside(softmax: Softmax) -> bool:

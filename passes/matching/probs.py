@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from attnrewrite.passes.attention.contract import CONTRACTIONS, from_operand
+from attnrewrite.passes.attention.contract import CONTRACTIONS, from_operand, from_result
 from attnrewrite.passes.attention.form import Gate, Operand, Reject, Role, Scores, Sink, Term
 from attnrewrite.passes.graph.axes import AxisError, Dim, Layout, broadcast, flat, forward, same, symbols
 from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape, tensor
+from attnrewrite.passes.matching.mixing import NEAREST, is_heads, mixed_behind, other_axis
 
 _CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "pow", "mean", "sum"}
 
@@ -47,6 +48,12 @@ class Follower:
         found = self._follow(node, layout)
         if found is not None:
             return found
+        other = other_axis(node, layout, self.cols)
+        if other is not None:
+            detail = (
+                "the softmax runs over another axis than the product with the values: keys are shared out to queries"
+            )
+            raise Reject("AR203", detail, other, "softmax over the axis that the product with the values sums over")
         if self.blocked is not None:
             raise self.blocked
         raise Reject("AR202", "the softmax's result is not contracted with values along the same axis", node)
@@ -54,6 +61,7 @@ class Follower:
     def _follow(self, node: fx.Node, layout: Layout) -> Mixed | None:
         self.region["probs", node] = layout
         for user in node.users:
+            self._check_heads(user, node, layout)
             if op(user) in CONTRACTIONS:
                 mixed = _mix(user, node, layout, self.cols)
             else:
@@ -97,6 +105,14 @@ class Follower:
     def _block(self, user: fx.Node) -> None:
         if op(user) in _CHANGES and self.blocked is None:
             self.blocked = Reject("AR203", f"{user.target} changes the attention weights after the softmax", user)
+
+    def _check_heads(self, user: fx.Node, node: fx.Node, layout: Layout) -> None:
+        axis, product = mixed_behind(user, node, layout), self.scores.contraction
+        if axis is None or self.blocked is not None:
+            return
+        if is_heads(axis, from_result(product, self.region["scores", product], "d")):
+            detail = "heads are mixed between the softmax and the product with the values"
+            self.blocked = Reject("AR203", detail, user, NEAREST)
 
     def _gate(self, user: fx.Node, node: fx.Node, layout: Layout) -> Gate | None:
         """Read a factor that does not depend on the key."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from attnrewrite.passes.attention.contract import CONTRACTIONS, is_product
+from attnrewrite.passes.attention.contract import CONTRACTIONS, from_result, is_product
 from attnrewrite.passes.attention.form import NEGLIGIBLE, Reject, Role, Scores, Sink, Term
 from attnrewrite.passes.attention.normal_form import Step, normal_form
 from attnrewrite.passes.attention.softmax import CASTS, Softmax
@@ -24,13 +24,16 @@ from attnrewrite.passes.graph.axes import (
     backward,
     broadcast,
     flat,
+    fresh,
     same,
     symbols,
 )
 from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.nodes import argument, is_node, op, shape, tensor
 from attnrewrite.passes.masks.selection import line_over
+from attnrewrite.passes.matching.mixing import NEAREST, is_heads, source_of_map
 
+LOST = "axes cannot be followed between the scores and the softmax"
 NO_PRODUCT = "the softmax is not fed by a contraction of two activations"
 
 
@@ -58,7 +61,7 @@ def read(softmax: Softmax, layout: Layout) -> tuple[Scores, Walk]:
     try:
         _walk(start, layout, walk)
     except AxisError as error:
-        raise Reject("AR203", f"axes cannot be followed between the scores and the softmax: {error}", start) from None
+        raise Reject("AR203", f"{LOST}: {error}", start) from None
     if walk.contraction is None:
         raise Reject("AR202", NO_PRODUCT, start)
     scores = normal_form(walk.contraction, walk.steps, start)
@@ -94,6 +97,7 @@ def _walk(node: fx.Node, layout: Layout, walk: Walk) -> None:
     while True:
         walk.region["scores", node] = layout
         name = op(node)
+        _check_heads(node, layout, walk)
         if name in CONTRACTIONS:
             walk.contraction, walk.layout = node, layout
             _baddbmm(node, layout, walk)
@@ -109,6 +113,24 @@ def _walk(node: fx.Node, layout: Layout, walk: Walk) -> None:
             reached = reaches_contraction(node.args[0] if node.args else None)
             reason = f"{node.target} stands between the scores and the softmax" if name else "not a tensor operation"
             raise Reject("AR203", reason, node) if reached else Reject("AR202", NO_PRODUCT, node)
+
+
+def _check_heads(node: fx.Node, layout: Layout, walk: Walk) -> None:
+    """Refuse scores that a linear map has mixed across heads. Raises Reject."""
+    mapped = source_of_map(node, layout)
+    cols = set(flat(walk.cols))
+    columns = [n for n, dim in enumerate(mapped.layout) if cols & set(flat(dim))] if mapped else []
+    if mapped is None or not columns:
+        return
+    inner = fresh(mapped.node, ["x"] * len(mapped.layout))  # the site's own symbols stay as they are
+    behind = Walk(inner[columns[0]])
+    try:
+        _walk(mapped.node, inner, behind)
+    except (Reject, AxisError):
+        return
+    product, axis = behind.contraction, inner[mapped.axis]
+    if product is not None and is_product(product) and is_heads(axis, from_result(product, behind.layout, "d")):
+        raise Reject("AR203", "heads are mixed between the query-key product and the softmax", node, NEAREST)
 
 
 def _choose(node: fx.Node, positions: tuple[int, int]) -> tuple[fx.Node, Any, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from spellings import WIDTH, NanoGPT
 from torch import Tensor, nn
 
@@ -67,16 +68,28 @@ class Relu(Base):
 
 
 class TalkingHeads(Base):
-    """Heads are mixed before the softmax."""
+    """Heads are mixed before the softmax, or behind it."""
+
+    how, behind = "linear", False
 
     def __init__(self) -> None:
         super().__init__()
-        self.talk = nn.Linear(4, 4)
+        self.talk, self.point = nn.Linear(4, 4, bias=False), nn.Conv2d(4, 4, 1)
+
+    def mixed(self, scores: Tensor) -> Tensor:
+        if self.how == "linear":
+            return self.talk(scores.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if self.how == "einsum":
+            return torch.einsum("bhij,gh->bgij", scores, self.talk.weight)
+        if self.how == "matmul":
+            return (self.talk.weight @ scores.flatten(2)).unflatten(2, scores.shape[2:])
+        return self.point(scores)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y(x).unflatten(-1, (4, -1)).transpose(1, 2) for y in (self.q, self.k, self.v))
-        scores = self.talk((q @ k.mT).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return (torch.softmax(scores, -1) @ v).transpose(1, 2).flatten(2)
+        scores = q @ k.mT
+        weights = torch.softmax(scores if self.behind else self.mixed(scores), -1)
+        return ((self.mixed(weights) if self.behind else weights) @ v).transpose(1, 2).flatten(2)
 
 
 class Chunked(Base):
@@ -88,6 +101,23 @@ class Chunked(Base):
         scores[:, :6] = q[:, :6] @ k.mT
         scores[:, 6:] = q[:, 6:] @ k.mT
         return torch.softmax(scores, -1) @ self.v(x)
+
+
+class Diagonals(Base):
+    """Row i of the scores begins i places further left, so that a column is a distance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        length = x.shape[1]
+        skewed = F.pad(self.scores(x), (0, 0, 0, 1)).view(-1, length, length + 1)[..., :length]
+        return torch.softmax(skewed, -1) @ self.v(x)
+
+
+class Assignment(Base):
+    """Keys are shared out to queries, and every query takes the mean of its own, as slots do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shares = torch.softmax(self.scores(x), -2)
+        return (shares / (shares.sum(-1, keepdim=True) + 1e-6)) @ self.v(x)
 
 
 class Straddling(Base):
@@ -191,6 +221,36 @@ def test_other_softmaxes_are_reported_as_no_attention(cls: type[nn.Module], kind
     assert row.code == "AR202"
     assert kind in row.detail
     assert "test_refusals.py:" in row.source
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [
+        (WrongAxis, "over another axis than the product with the values"),
+        (Assignment, "over another axis than the product with the values"),
+        (Chunked, "stored by chunks"),
+        (Diagonals, "stored by diagonals"),
+    ],
+)
+def test_what_is_stored_or_summed_otherwise_is_named(cls: type[nn.Module], reason: str) -> None:
+    torch.manual_seed(0)
+    model = cls()
+    for site in (*attnrewrite.explain(model, X).sites, *compiled_report(model).sites):
+        (row,) = site.rejections
+        assert row.code == "AR203" and reason in row.detail and row.nearest and "test_refusals.py:" in row.source
+
+
+@pytest.mark.parametrize("how", ["linear", "einsum", "matmul", "convolution"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_mixed_heads_are_named(how: str, behind: bool) -> None:
+    torch.manual_seed(0)
+    model = TalkingHeads()
+    model.how, model.behind = how, behind
+    place = "the softmax and the product with the values" if behind else "the query-key product and the softmax"
+    for site in (*attnrewrite.explain(model, X).sites, *compiled_report(model).sites):
+        (row,) = site.rejections
+        assert (row.code, row.detail) == ("AR203", f"heads are mixed between {place}")
+        assert row.nearest.startswith("heads that attend by themselves") and "test_refusals.py:" in row.source
 
 
 @pytest.mark.parametrize("cls", [Straddling, NoGradScores, SoftmaxInFullPrecision, WholeInRegions])
