@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from compiled import HEADS, WIDTH, Attention, compiled_like_eager, rewritten
 from torch import Tensor, nn
