@@ -58,7 +58,8 @@ def of_site(site: Attention) -> Extract:
     roles |= {term.node: "mask" if id(term) in masks else "bias" for term in site.scores.terms}
     if site.scores.sink is not None:
         roles[site.scores.sink.node] = "sink"
-    roles |= {site.value.node: "value", site.key.node: "key", site.query.node: "query"}
+    roles |= {operand.node: role for role in ("value", "key") for operand, _ in site.blocks(role)}
+    roles |= {site.query.node: "query"}
     return Extract(_between(inside), roles)
 
 

@@ -169,4 +169,13 @@ def axes(node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], None]]]:
         yield "axis 1 flipped", _insert(aten.flip.default, [1])
 
 
-_CHANGES: tuple[Change, ...] = (softmax_axis, weights, scores, operands, numbers, masks, axes)
+def blocks(node: fx.Node) -> Iterator[tuple[str, Callable[[fx.Node], None]]]:
+    if op(node) == "cat":
+        yield "blocks in the other order", lambda n: _set(0, list(reversed(n.args[0])))(n)  # type: ignore[call-overload]  # tensors
+        yield "first block twice", lambda n: _set(0, [n.args[0][0]] * 2)(n)  # type: ignore[index]  # tensors
+    if op(node) == "slice":
+        yield "slice rolled", _insert(aten.roll.default, [1], [-1])
+        yield "slice doubled", _insert(aten.mul.Tensor, 2.0)
+
+
+_CHANGES: tuple[Change, ...] = (softmax_axis, weights, scores, operands, numbers, masks, axes, blocks)

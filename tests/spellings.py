@@ -168,6 +168,23 @@ class CheckpointedWithMask(nn.Module):
         return checkpoint(self.body, x, mask, use_reentrant=False)
 
 
+class MemoryKeys(nn.Module):
+    """Learned keys and values in front, as scores that are joined and weights that are cut apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.keys, self.values = (nn.Parameter(torch.randn(HEADS, 5, HEAD_DIM)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (y(x).view(B, T, HEADS, HEAD_DIM).transpose(1, 2) for y in (self.q, self.k, self.v))
+        scores = torch.cat([q @ self.keys.mT, q @ k.mT], -1) * HEAD_DIM**-0.5
+        weights = torch.softmax(scores, -1)
+        out = weights[..., :5] @ self.values + weights[..., 5:] @ v
+        return self.o(out.transpose(1, 2).reshape(B, T, C))
+
+
 class GraphBreak(nn.Module):
     """Two attentions with a graph break between them."""
 
@@ -205,6 +222,7 @@ SPELLINGS: list[tuple[type[nn.Module], str, int]] = [
     (SingleHead, "causal", 1),
     (TransposedScores, "none", 1),
     (LearnedScale, "none", HEADS),
+    (MemoryKeys, "none", HEADS),
     (InPlace, "causal", 1),
     (Checkpointed, "causal", HEADS),
     (CheckpointedWithMask, "causal", 1),

@@ -86,6 +86,26 @@ class Scores:
     shifts: list[tuple[fx.Node, Layout]] = field(default_factory=list)
 
 
+@dataclass
+class Operand:
+    """A query, key or value: the value that the rewrite reads, and where its symbols lie."""
+
+    node: fx.Node
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Join:
+    """Keys, or values, in two blocks, the second behind the first.
+
+    ``products`` are the blocks' products with the queries, or with the weights; ``cols`` the parts of the key axis.
+    """
+
+    products: tuple[fx.Node, fx.Node]
+    operands: tuple[Operand, Operand]
+    cols: tuple[Dim, Dim]
+
+
 @dataclass(frozen=True)
 class Leaf:
     """A condition for a key to be visible: ``node > threshold``, or the boolean ``node == polarity``."""
@@ -103,14 +123,6 @@ class Gate:
     node: fx.Node
     layout: Layout
     divide: bool
-
-
-@dataclass
-class Operand:
-    """A query, key or value: the value that the rewrite reads, and where its symbols lie."""
-
-    node: fx.Node
-    layout: Layout
 
 
 @dataclass
@@ -161,7 +173,8 @@ class Attention:
     Axes: ``batch`` (B), ``kv_heads`` and ``groups`` (H = Hkv · G), ``rows`` (query positions, L), ``cols`` (key
     positions, S), ``inner`` (D), ``outer`` (Dv). ``query_first`` and ``probs_first`` say which operand of the two
     contractions is the query and the probabilities. ``region`` maps (role, node) to the node's layout, for every node
-    between the operands and the output.
+    between the operands and the output. ``keys`` and ``values`` tell of such in two blocks, of which ``key`` and
+    ``value`` are the second.
     """
 
     layer: str
@@ -188,6 +201,8 @@ class Attention:
     guarded: bool = False
     softmax: Softmax | None = None
     matched: Matched | None = None
+    keys: Join | None = None
+    values: Join | None = None
     region: dict[tuple[Role, fx.Node], Layout] = field(default_factory=dict)
     spelling: list[str] = field(default_factory=list)
 
@@ -229,10 +244,20 @@ class Attention:
             "Dv": size_of(self.outer),
         }
 
+    def joins(self) -> list[Join]:
+        """Return what lies in two blocks: keys, values, both or nothing."""
+        return [join for join in (self.keys, self.values) if join is not None]
+
+    def blocks(self, role: str) -> list[tuple[Operand, Dim]]:
+        """Return the keys or values by blocks, each with its part of the key axis."""
+        join, whole = (self.keys, self.key) if role == "key" else (self.values, self.value)
+        return [(whole, self.cols)] if join is None else list(zip(join.operands, join.cols, strict=True))
+
     def leaves(self) -> list[Symbol]:
         """Return every whole symbol of the site once, in canonical order."""
         axes = (self.batch, self.kv_heads, self.groups, self.rows, self.cols, self.inner, self.outer)
-        return list(dict.fromkeys(s for dim in axes for s in flat(dim)))
+        parts = [dim for join in self.joins() for dim in join.cols]
+        return list(dict.fromkeys(s for dim in (*axes, *parts) for s in flat(dim)))
 
 
 SizeOf = Callable[[Symbol], Any]

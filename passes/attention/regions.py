@@ -11,7 +11,9 @@ from attnrewrite.passes.graph.nodes import is_node
 def check_regions(site: Attention) -> None:
     """Raise Reject where the site straddles a region (AR204) or a value is written in place (AR207)."""
     inside = {node for _, node in site.region} | {site.output, site.anchor, site.scores.contraction}
-    read = {site.query.node, site.key.node, site.value.node, *(t.node for t in site.scores.terms)}
+    inside |= {node for join in site.joins() for node in join.products}
+    operands = [operand.node for role in ("key", "value") for operand, _ in site.blocks(role)]
+    read = {site.query.node, *operands, *(t.node for t in site.scores.terms)}
     earliest: dict[fx.Node | None, fx.Node] = {}  # of the values that show one memory
     for value in sorted(read | inside, reverse=True):
         earliest[root(value)] = value

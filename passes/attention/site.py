@@ -19,7 +19,7 @@ from attnrewrite.passes.graph.axes import Layout, Symbol, arrange, flat, prod_of
 def nodes_read(site: Attention) -> list[fx.Node]:
     """Return the nodes whose values a rewrite of ``site`` may read, each once."""
     seen = site.visibility
-    nodes = [site.query.node, site.key.node, site.value.node]
+    nodes = [site.query.node, *(operand.node for role in ("key", "value") for operand, _ in site.blocks(role))]
     nodes += [node for node, _, _ in site.scores.factors]
     nodes += [term.node for term in [*site.scores.terms, *seen.terms, *seen.bias]]
     nodes += [gate.node for gate in site.gates]
@@ -39,7 +39,11 @@ class SiteTensors:
         """Return a symbol's size; a symbolic one is read off a traced tensor, so that it stays symbolic."""
         if isinstance(symbol.size, int):
             return symbol.size
-        for operand in (self.site.query, self.site.key, self.site.value):
+        for join in self.site.joins():
+            if symbol in flat(self.site.cols):
+                return sum(self.dims(part) for part in join.cols)
+        blocks = [operand for role in ("key", "value") for operand, _ in self.site.blocks(role)]
+        for operand in (self.site.query, *blocks):
             for dim, line in enumerate(operand.layout):
                 if symbol in flat(line):
                     others = prod_of(s.size for s in flat(line) if s is not symbol)
@@ -86,11 +90,19 @@ class SiteTensors:
 
     def key(self) -> torch.Tensor:
         """Return the key [B, Hkv, S, D]."""
-        return self._to(self.site.key.node, self.site.key.layout, self.site.key_layout)
+        return self._whole("key", self.site.key_layout)
 
     def value(self) -> torch.Tensor:
         """Return the value [B, Hkv, S, Dv]."""
-        return self._to(self.site.value.node, self.site.value.layout, self.site.value_layout)
+        return self._whole("value", self.site.value_layout)
+
+    def _whole(self, role: str, want: Layout) -> torch.Tensor:
+        """Bring all blocks of keys or values into one layout, and join them."""
+        parts = [
+            self._to(operand.node, operand.layout, (*want[:2], flat(cols), want[3]))
+            for operand, cols in self.site.blocks(role)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def result(self, out: torch.Tensor) -> torch.Tensor:
         """Bring the attention's result [B, H, L, Dv], times its gates, to the layout and dtype of the site's output."""

@@ -89,7 +89,8 @@ def other_users(site: Attention) -> list[str]:
     """Return which of scores, probs, key and value are also used outside of the attention."""
     inside = {node for _, node in site.region} | {site.output, site.anchor, site.scores.contraction}
     inside |= set(site.softmax.steps) if site.softmax is not None else set()
-    inside |= {site.key.node, site.value.node}
+    inside |= {node for join in site.joins() for node in join.products}
+    inside |= {operand.node for role in ("key", "value") for operand, _ in site.blocks(role)}
     groups = {role: {node for r, node in site.region if r == role} - {site.output} for role in ("scores", "probs")}
     groups["scores"] -= {site.anchor}
     groups |= {"key": _operand(site, "key", site.key), "value": _operand(site, "value", site.value)}

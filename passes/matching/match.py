@@ -20,6 +20,7 @@ from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.nodes import argument, common_layer, is_node, op, shape, source_line
 from attnrewrite.passes.masks.classify import MaskReader
 from attnrewrite.passes.matching import scores as score_form
+from attnrewrite.passes.matching.joins import Block, both, chosen, key_join, query_and_key, second_keys
 from attnrewrite.passes.matching.others import is_attention_like, kind_of, stored_apart
 from attnrewrite.passes.matching.probs import Follower, Mixed
 from attnrewrite.passes.patterns import registry as patterns
@@ -90,23 +91,22 @@ def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
     scores, walk = score_form.read(softmax, layout)
     if not scores.contraction.meta["val"].dtype.is_floating_point:
         raise Reject("AR203", "the queries and keys are integers or complex numbers", scores.contraction)
-    product = from_result(scores.contraction, walk.layout, "d")
-    query, key = _query_and_key(product, walk.cols, anchor)
+    block = Block(scores.contraction, walk.layout, walk.cols) if walk.blocks is None else walk.blocks[0]
+    product = from_result(scores.contraction, block.layout, "d")
+    query, key = query_and_key(product, block.cols)
     region: dict[tuple[Role, fx.Node], Layout] = dict(walk.region)
     region |= {("probs", step): layout for step in softmax.steps}
-    mixed = Follower(scores, region, walk.cols).follow(anchor, layout)
+    parts = None if walk.blocks is None else (walk.blocks[0].cols, walk.blocks[1].cols)
+    mixed = Follower(scores, region, walk.cols, parts).follow(anchor, layout)
     finite = mixed.guard is not None and mixed.guard.value != -math.inf
     if mixed.guard is not None:
         mixed.guard.value = -math.inf  # a filled row gives 0 in the end: what fused operators make of -inf
-    chains = {
-        "query": peel("query", query, region, scores),
-        "key": peel("key", key, region, scores),
-        "value": peel("value", mixed.value, region, None),
-    }
+    ways = _ways(query, key, product, walk, mixed, region, scores)
+    chains = {role: found[0] if len(found) == 1 else both(*found) for role, found in ways.items()}
     outer = tuple(s for s in symbols(mixed.layout) if s not in set(symbols(walk.layout)))
     axes = tell_roles(chains, product.summed, outer, walk.cols, walk.layout, mixed.output, mixed.layout)
     query_first = query.layout is product.left_layout
-    site = _build(anchor, mixed, chains, scores, axes, region, reader, query_first, softmax)
+    site = _build(anchor, mixed, ways, scores, axes, region, reader, query_first, softmax, walk.blocks)
     seen = site.visibility
     added = any(term.kind == "add" for term in seen.terms) and not seen.rows_never_empty
     if finite and (added or not seen.bias_is_small):
@@ -115,25 +115,40 @@ def _from_softmax(softmax: Softmax, reader: MaskReader) -> Attention:
     return site
 
 
-def _query_and_key(product: Contraction, cols: Dim, anchor: fx.Node) -> tuple[Operand, Operand]:
-    left, right = Operand(product.left, product.left_layout), Operand(product.right, product.right_layout)
-    in_left, in_right = (set(flat(cols)) & set(symbols(o.layout)) for o in (left, right))
-    if (in_left and in_right) or not (in_left or in_right):
-        raise Reject("AR203", "the softmax axis does not belong to one operand of the product", anchor)
-    query, key = (left, right) if in_right else (right, left)
-    return query, key
+def _ways(
+    query: Operand,
+    key: Operand,
+    product: Contraction,
+    walk: score_form.Walk,
+    mixed: Mixed,
+    region: dict[tuple[Role, fx.Node], Layout],
+    scores: Scores,
+) -> dict[Role, list[list[Operand]]]:
+    """Return the ways of queries, keys and values towards their projections, by blocks."""
+    queries, first = peel("query", query, region, scores), Scores(scores.contraction)
+    keys = [peel("key", key, region, first)]
+    if walk.blocks is not None:
+        left = query.layout is product.left_layout
+        keys.append(second_keys(walk.blocks[1], query, product.summed, left, region, first))
+    scores.alpha *= first.alpha
+    blocks = [mixed.value] if mixed.values is None else mixed.values.operands
+    values = [peel("value", block, region, None) for block in blocks]
+    if len({x.node for way in values for x in way}) != sum(map(len, values)):
+        raise Reject("AR203", "two blocks of weights meet the same values", mixed.output)
+    return {"query": [queries], "key": keys, "value": values}
 
 
 def _build(
     anchor: fx.Node,
     mixed: Mixed,
-    chains: dict[str, list[Operand]],
+    ways: dict[Role, list[list[Operand]]],
     scores: Scores,
     axes: Roles,
     region: dict[tuple[Role, fx.Node], Layout],
     reader: MaskReader,
     query_first: bool = True,
     softmax: Softmax | None = None,
+    blocks: tuple[Block, Block] | None = None,
 ) -> Attention:
     heads = axes.kv_heads + axes.groups
     zero = softmax is None or mixed.guard is not None or op(anchor) == "_safe_softmax"
@@ -148,9 +163,9 @@ def _build(
         anchor=anchor,
         output=mixed.output,
         output_layout=mixed.layout,
-        query=chains["query"][-1],
-        key=chains["key"][-1],
-        value=chains["value"][-1],
+        query=ways["query"][-1][-1],
+        key=ways["key"][-1][-1],
+        value=ways["value"][-1][-1],
         scores=scores,
         visibility=visibility,
         query_first=query_first,
@@ -159,15 +174,32 @@ def _build(
         gates=mixed.gates,
         guarded=mixed.no_nan or mixed.guard is not None,
         softmax=softmax,
+        keys=key_join(blocks, ways["key"]),
+        values=mixed.values,
         region=region,
         **vars(axes),
     )
-    attention.query = nearest(chains["query"], attention.query_layout, fixed=region, role="query", scores=scores)
-    attention.key = nearest(chains["key"], attention.key_layout, fixed=region, role="key", scores=scores)
-    attention.value = nearest(chains["value"], attention.value_layout, fixed=region, role="value", scores=None)
+    _settle(attention, ways)
     attention.spelling = _spelling(attention)
     check_regions(attention)
     return attention
+
+
+def _settle(site: Attention, ways: dict[Role, list[list[Operand]]]) -> None:
+    """Choose the values that a rewrite reads."""
+    fixed, scores = site.region, site.scores
+    site.query = nearest(ways["query"][0], site.query_layout, fixed=fixed, role="query", scores=scores)
+    found = dict[Role, list[Operand]]()
+    wanted: list[tuple[Role, Layout, Scores | None]] = [
+        ("key", site.key_layout, scores),
+        ("value", site.value_layout, None),
+    ]
+    for role, want, scaled in wanted:
+        layouts = [(*want[:2], flat(cols), want[3]) for _, cols in site.blocks(role)]
+        pairs = zip(ways[role], layouts, strict=True)
+        found[role] = [nearest(way, layout, fixed=fixed, role=role, scores=scaled) for way, layout in pairs]
+    site.key, site.value = found["key"][-1], found["value"][-1]
+    site.keys, site.values = chosen(site.keys, found["key"]), chosen(site.values, found["value"])
 
 
 def _spelling(site: Attention) -> list[str]:
@@ -184,6 +216,8 @@ def _spelling(site: Attention) -> list[str]:
         tags.append("sink")
     if site.gates:
         tags.append("gated weights")
+    if site.joins():
+        tags.append("joined blocks")
     return tags
 
 
@@ -221,7 +255,8 @@ def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
     axes = tell_roles(chains, inner, outer, cols, score_layout, anchor, output_layout)
     p = constant(argument(anchor, 4, "dropout_p", 0.0))
     mixed = Mixed(anchor, output_layout, operands["value"], dropout=1.0 if p is None else p)
-    return _build(anchor, mixed, chains, scores, axes, region, reader)
+    ways: dict[Role, list[list[Operand]]] = {role: [chain] for role, chain in chains.items()}  # type: ignore[misc]  # likewise
+    return _build(anchor, mixed, ways, scores, axes, region, reader)
 
 
 def _none(role: str, scores: Scores) -> Scores | None:

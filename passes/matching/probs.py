@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from attnrewrite.passes.attention.contract import CONTRACTIONS, from_operand, from_result
-from attnrewrite.passes.attention.form import Gate, Operand, Reject, Role, Scores, Sink, Term
+from attnrewrite.passes.attention.form import Gate, Join, Operand, Reject, Role, Scores, Sink, Term
 from attnrewrite.passes.graph.axes import AxisError, Dim, Layout, broadcast, flat, forward, same, symbols
 from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape, tensor
+from attnrewrite.passes.matching.joins import added, cut, renamed
 from attnrewrite.passes.matching.mixing import NEAREST, is_heads, mixed_behind, other_axis
 
+OTHER_AXIS = "keys are shared out to queries: the softmax runs over another axis than the product with the values"
+NEAREST_CUT = "weights[..., :n] @ value1 + weights[..., n:] @ value2, cut where the keys are joined"
 _CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "pow", "mean", "sum"}
 
 
@@ -20,7 +23,7 @@ _CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "p
 class Mixed:
     """The product of weights and values: the site's output, its layout, the values, and what was done to the weights.
 
-    ``gates`` are factors on the weights; ``guard`` is the fill whose keys are zeroed once more behind the softmax, and
+    ``values`` are such in two blocks; ``gates`` are factors on the weights; ``guard`` is the fill whose keys are zeroed once more behind the softmax, and
     ``no_nan`` says that NaN becomes zero: both only matter to rows without visible keys.
     """
 
@@ -32,6 +35,7 @@ class Mixed:
     gates: list[Gate] = field(default_factory=list)
     guard: Term | None = None
     no_nan: bool = False
+    values: Join | None = None
 
 
 @dataclass
@@ -41,6 +45,7 @@ class Follower:
     scores: Scores
     region: dict[tuple[Role, fx.Node], Layout]
     cols: Dim
+    parts: tuple[Dim, Dim] | None = None
     blocked: Reject | None = None
 
     def follow(self, node: fx.Node, layout: Layout) -> Mixed:
@@ -50,16 +55,16 @@ class Follower:
             return found
         other = other_axis(node, layout, self.cols)
         if other is not None:
-            detail = (
-                "the softmax runs over another axis than the product with the values: keys are shared out to queries"
-            )
-            raise Reject("AR203", detail, other, "softmax over the axis that the product with the values sums over")
+            raise Reject("AR203", OTHER_AXIS, other, "softmax over the axis that the product with the values sums over")
         if self.blocked is not None:
             raise self.blocked
         raise Reject("AR202", "the softmax's result is not contracted with values along the same axis", node)
 
     def _follow(self, node: fx.Node, layout: Layout) -> Mixed | None:
         self.region["probs", node] = layout
+        joined = self._blocks(node, layout)
+        if joined is not None:
+            return joined
         for user in node.users:
             self._check_heads(user, node, layout)
             if op(user) in CONTRACTIONS:
@@ -70,6 +75,39 @@ class Follower:
                 return mixed
         self.region.pop(("probs", node))
         return None
+
+    def _blocks(self, node: fx.Node, layout: Layout) -> Mixed | None:
+        """Follow weights that are cut in two to the sum of their products with values."""
+        parts = cut(node, layout, self.cols, self.parts) if self.scores.sink is None else []
+        ways = []
+        for part, where in parts:
+            cols = next(dim for dim, old in zip(where, layout, strict=True) if dim is not old)
+            try:
+                ways.append((Follower(self.scores, self.region, cols).follow(part, where), cols))
+            except Reject:
+                ways = []
+                break
+        found = self._summed(*ways[0], *ways[1]) if ways else None
+        if found is None and parts:
+            detail = "the weights are cut in two, and their products with values are not just added"
+            self.blocked = self.blocked or Reject("AR203", detail, parts[1][0], NEAREST_CUT)
+        return found
+
+    def _summed(self, first: Mixed, ahead: Dim, second: Mixed, behind: Dim) -> Mixed | None:
+        new = [dim for dim in second.layout if not set(flat(dim)) & set(symbols(first.layout))]
+        old = [dim for dim in first.layout if not set(flat(dim)) & set(symbols(second.layout))]
+        output = added(first.output, second.output)
+        if output is None or len(new) != 1 or len(old) != 1 or first.values or second.values:
+            return None
+        layout = renamed(second.layout, new[0], old[0])
+        value = Operand(second.value.node, renamed(second.value.layout, new[0], old[0]))
+        plain = not any(way.gates or way.guard or way.no_nan for way in (first, second))
+        alike = first.output.meta["val"].dtype == second.output.meta["val"].dtype
+        if not plain or not alike or layout != first.layout or first.probs_first != second.probs_first:
+            return None
+        values = Join((first.output, second.output), (first.value, value), (ahead, behind))
+        dropout = max(first.dropout, second.dropout)
+        return Mixed(output, layout, value, first.probs_first, dropout, values=values)
 
     def _through(self, user: fx.Node, node: fx.Node, layout: Layout) -> Mixed | None:
         """Go on behind one step: a move of axes, dropout, the end of a sink, a gate, or a guard of empty rows."""

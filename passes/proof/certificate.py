@@ -57,7 +57,7 @@ def fingerprint(site: Attention) -> str:
     rows.append("" if site.matched is None else f"{site.matched.key} {[x.size for x in flat(site.inner)]}")
     rows.append("" if s.sink is None else f"sink {axes(s.sink.layout)} {s.sink.last}")
     rows += [f"{t.kind} {axes(t.layout)} {t.weight} {t.value} {t.when} {t.node.meta['val'].dtype}" for t in s.terms]
-    rows += [axes(o.layout) for o in (site.query, site.key, site.value)]
+    rows += [axes(o.layout) for o in (site.query, *(x for role in ("key", "value") for x, _ in site.blocks(role)))]
     rows.append(f"{axes(site.output_layout)} {site.query_first} {site.probs_first} {op(site.output)}")
     return "\n".join(rows)
 
@@ -77,6 +77,8 @@ def _text(x: Any) -> str:
 
 def _prove(site: Attention) -> str:
     sizes = dict(zip(site.leaves(), _PRIMES, strict=False)) if site.matched is None else _true_width(site)
+    for join in site.joins():
+        sizes[site.cols[0]] = sum(small_shape(join.cols, sizes))
     if site.scores.sink is not None:
         sizes[site.scores.sink.wide[0]] = small_shape((site.scores.sink.cols,), sizes)[0] + 1
     for name, make in _CASES.items():
@@ -130,8 +132,8 @@ def _random(site: Attention, sizes: Sizes, generator: torch.Generator, scale: fl
 
     operands = {
         "query": normal(site.query.layout) * scale,
-        "key": normal(site.key.layout) * scale,
-        "value": normal(site.value.layout),
+        **{f"key{n}": normal(block.layout) * scale for n, (block, _) in enumerate(site.blocks("key"))},
+        **{f"value{n}": normal(block.layout) for n, (block, _) in enumerate(site.blocks("value"))},
     }
     nodes = {node: _factor(node, layout, normal) for node, layout, _ in site.scores.factors}
     nodes |= {gate.node: _factor(gate.node, gate.layout, normal) for gate in site.gates}

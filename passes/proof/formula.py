@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnrewrite.passes.attention.form import Attention, Scores
-from attnrewrite.passes.graph.axes import Symbol, arrange
+from attnrewrite.passes.graph.axes import Symbol, arrange, flat
 from attnrewrite.passes.graph.nodes import op, shape
 from attnrewrite.passes.proof.replay import Inputs, Sizes
 
@@ -19,8 +19,7 @@ def formula(site: Attention, sizes: Sizes, inputs: Inputs) -> torch.Tensor:
     size = sizes.__getitem__
     operands = inputs.operands
     q = arrange(operands["query"], site.query.layout, site.query_layout, size)
-    k = arrange(operands["key"], site.key.layout, site.key_layout, size)
-    v = arrange(operands["value"], site.value.layout, site.value_layout, size)
+    k, v = _whole(site, "key", inputs, size), _whole(site, "value", inputs, size)
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
     scores = site.scores.alpha * (q @ k.mT)  # [B, H, L, S]
@@ -34,6 +33,16 @@ def formula(site: Attention, sizes: Sizes, inputs: Inputs) -> torch.Tensor:
         factor = arrange(inputs.nodes[gate.node], gate.layout, site.mask_layout(gate.layout), size)
         probs = probs / factor if gate.divide else probs * factor
     return arrange(probs @ v, site.result_layout, site.output_layout, size)
+
+
+def _whole(site: Attention, role: str, inputs: Inputs, size: Callable[[Symbol], int]) -> torch.Tensor:
+    """Return the keys or values, blocks joined."""
+    want = site.key_layout if role == "key" else site.value_layout
+    parts = []
+    for block, (operand, cols) in enumerate(site.blocks(role)):
+        wanted = (*want[:2], flat(cols), want[3])
+        parts.append(arrange(inputs.operands[f"{role}{block}"], operand.layout, wanted, size))
+    return torch.cat(parts, 2)
 
 
 def _softmax(site: Attention, scores: torch.Tensor, inputs: Inputs, size: Callable[[Symbol], int]) -> torch.Tensor:

@@ -44,7 +44,9 @@ class Replay:
         if site.output is site.anchor:
             return self._fused()
         roles: tuple[Role, Role] = ("probs", "value") if site.probs_first else ("value", "probs")
-        return self._contract(site.output, roles)
+        products = (site.output,) if site.values is None else site.values.products
+        first, *rest = (self._contract(product, roles) for product in products)
+        return first + rest[0] if rest else first
 
     def _fused(self) -> torch.Tensor:
         node = self.site.anchor
@@ -91,12 +93,13 @@ class Replay:
 
     def _compute(self, role: Role, node: fx.Node) -> Any:
         site = self.site
-        operand = {"query": site.query, "key": site.key, "value": site.value}.get(role)
-        if operand is not None and node is operand.node:
-            return self.inputs.operands[role]
+        given = self._operand(role, node)
+        if given is not None:
+            return self.inputs.operands[given]
         if role == "probs" and node is site.anchor and site.softmax is not None and not site.softmax.steps:
             return self._softmax(node)
-        if role == "scores" and node is site.scores.contraction:
+        products = (site.scores.contraction,) if site.keys is None else site.keys.products
+        if role == "scores" and node in products:
             return self._contract(node, ("query", "key") if site.query_first else ("key", "query"))
         if node in self.inputs.nodes:
             return self._input(node)
@@ -112,6 +115,8 @@ class Replay:
     def _apply(self, role: Role, node: fx.Node) -> Any:
         name = op(node)
         layout = self.site.region.get((role, node))
+        if layout is not None and getattr(node.target, "__name__", "") == "getitem" and _is_split(node.args[0]):
+            return self._half(role, node, small_shape(layout, self.sizes))
         first = self.value(role, node.args[0]) if is_node(node.args[0]) and self._inside(role, node.args[0]) else None
         if name in ALIASES | {"to", "_to_copy", "type_as", "dropout", "float"}:
             return first
@@ -130,6 +135,13 @@ class Replay:
             return first.repeat([size // inner for size, inner in wide])  # type: ignore[union-attr]  # a tensor
         return self._call(role, node)
 
+    def _half(self, role: Role, node: fx.Node, want: list[int]) -> torch.Tensor:
+        """Cut the first or the last part off, as a split does."""
+        split: Any = node.args[0]
+        whole, dim = self.value(role, split.args[0]), int(argument(split, 2, "dim", 0)) % len(want)
+        half: torch.Tensor = whole.narrow(dim, 0 if node.args[1] == 0 else whole.shape[dim] - want[dim], want[dim])
+        return half
+
     def _slice(self, node: fx.Node, first: torch.Tensor, want: list[int]) -> torch.Tensor:
         """Cut the sink's column off; any other slice of the region is whole."""
         dim = int(argument(node, 1, "dim", 0)) % len(want)
@@ -141,11 +153,14 @@ class Replay:
 
     def _inside(self, role: Role, node: fx.Node) -> bool:
         known = (role, node) in self.site.region or node in self.inputs.nodes
-        return known or self._is_operand(role, node) or self._is_scores(role, node)
+        return known or self._operand(role, node) is not None or self._is_scores(role, node)
 
-    def _is_operand(self, role: Role, node: fx.Node) -> bool:
-        operand = {"query": self.site.query, "key": self.site.key, "value": self.site.value}.get(role)
-        return operand is not None and operand.node is node
+    def _operand(self, role: Role, node: fx.Node) -> str | None:
+        """Return the name of the test value that ``node`` has as an operand."""
+        if role == "query":
+            return role if node is self.site.query.node else None
+        blocks = self.site.blocks(role) if role in ("key", "value") else []
+        return next((f"{role}{n}" for n, (block, _) in enumerate(blocks) if block.node is node), None)
 
     def _call(self, role: Role, node: fx.Node) -> Any:
         def argument(x: Any) -> Any:
@@ -168,3 +183,7 @@ class Replay:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             return getattr(torch, op(node))(*args, **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]  # a callable for call_function
+
+
+def _is_split(node: Any) -> bool:
+    return op(node) in ("split", "split_with_sizes", "chunk")

@@ -70,7 +70,8 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     """Describe what the traced function depends on, up to names."""
     order = {node: n for n, node in enumerate(nodes)}
     seen = site.visibility
-    read = [site.query.node, site.key.node, site.value.node, *(n for n, _, _ in site.scores.factors)]
+    read = [site.query.node, *(x.node for role in ("key", "value") for x, _ in site.blocks(role))]
+    read += [n for n, _, _ in site.scores.factors]
     read += [gate.node for gate in site.gates]
     read += [t.node for t in [*site.scores.terms, *seen.terms, *seen.bias]]
     leaves = [(order.get(x.node), x.polarity, x.threshold) for x in [*seen.padding, *seen.dense, *seen.documents]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from grid import DIM, HEADS, Cell, Composed
 from mutations import mutate, mutations
-from spellings import GroupedEinsum, LearnedScale, MultiQuery, NanoGPT, SingleHead, TransposedScores
+from spellings import GroupedEinsum, LearnedScale, MemoryKeys, MultiQuery, NanoGPT, SingleHead, TransposedScores
 from torch import nn
 
 from attnrewrite.explanation import export_model
@@ -28,7 +28,7 @@ MODELS = [
     *(pytest.param(lambda c=c: nn.Sequential(Composed([c])), True, id=c.name) for c in CELLS),
     *(
         pytest.param(cls, False, id=cls.__name__)
-        for cls in (NanoGPT, GroupedEinsum, LearnedScale, MultiQuery, SingleHead, TransposedScores)
+        for cls in (NanoGPT, GroupedEinsum, LearnedScale, MemoryKeys, MultiQuery, SingleHead, TransposedScores)
     ),
 ]
 
