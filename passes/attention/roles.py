@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from attnrewrite.passes.attention.form import Operand
+from attnrewrite.passes.attention.form import Operand, Role
 from attnrewrite.passes.graph.axes import (
     AxisError,
     Dim,
@@ -36,7 +37,7 @@ class Roles:
 
 
 def tell_roles(
-    chains: dict[str, list[Operand]],
+    chains: Mapping[Role, list[Operand]],
     inner: Dim,
     outer: Dim,
     cols: Dim,

@@ -98,9 +98,7 @@ def cut(node: fx.Node, layout: Layout, cols: Dim, parts: tuple[Dim, Dim] | None)
     fits = all(same(part[0].size, size) for part, size in zip(parts, sizes, strict=True))
     if not fits or not same(sizes[0] + sizes[1], shape(node)[dim]):
         return []
-    return [
-        (x, (*layout[:dim], part, *layout[dim + 1 :])) for x, part in zip(found, parts, strict=True)
-    ]
+    return [(x, (*layout[:dim], part, *layout[dim + 1 :])) for x, part in zip(found, parts, strict=True)]
 
 
 def _cuts(node: fx.Node, dim: int) -> list[fx.Node]:
@@ -132,4 +130,3 @@ def added(first: fx.Node, second: fx.Node) -> fx.Node | None:
     users = list(first.users)
     plain = len(users) == 1 and list(second.users) == users and op(users[0]) == "add" and not users[0].kwargs
     return users[0] if plain and set(users[0].args) == {first, second} else None
-

@@ -23,6 +23,7 @@ from attnrewrite.passes.matching import scores as score_form
 from attnrewrite.passes.matching.joins import Block, both, chosen, key_join, query_and_key, second_keys
 from attnrewrite.passes.matching.others import is_attention_like, kind_of, stored_apart
 from attnrewrite.passes.matching.probs import Follower, Mixed
+from attnrewrite.passes.matching.walk import LOST, NO_PRODUCT, Walk
 from attnrewrite.passes.patterns import registry as patterns
 from attnrewrite.passes.report import Rejection
 
@@ -74,13 +75,13 @@ def _verdict(failure: Reject | AxisError, anchor: fx.Node, softmax: Softmax | No
     """Return why an anchor was not matched; attention whose form is not read is refused, not called another thing."""
     if not isinstance(failure, Reject):
         return Reject("AR203", str(failure), anchor)
-    lost = failure.detail.startswith(score_form.LOST)
+    lost = failure.detail.startswith(LOST)
     if softmax is None or not (lost or (failure.code == "AR202" and is_attention_like(softmax))):
         return failure
     detail, apart = failure.detail, stored_apart(softmax)
     if apart is not None:
         return Reject("AR203", *apart, "scores of all queries and keys in one matrix: query @ key.mT")
-    if detail == score_form.NO_PRODUCT and failure.node is not None:
+    if detail == NO_PRODUCT and failure.node is not None:
         detail = f"{failure.node.target} stands between the query-key product and the softmax"
     return Reject("AR203", detail, failure.node, failure.nearest)
 
@@ -119,7 +120,7 @@ def _ways(
     query: Operand,
     key: Operand,
     product: Contraction,
-    walk: score_form.Walk,
+    walk: Walk,
     mixed: Mixed,
     region: dict[tuple[Role, fx.Node], Layout],
     scores: Scores,
@@ -235,7 +236,7 @@ def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
     key_batch = batch
     if argument(anchor, 7, "enable_gqa", False) and len(batch) >= 1:
         key_batch = (*batch[:-1], _grouped(batch[-1][0], shape(key)[-3]))
-    operands = {
+    operands: dict[Role, Operand] = {
         "query": Operand(query, layout),
         "key": Operand(key, broadcast((*key_batch, cols, inner), key)),
         "value": Operand(value, broadcast((*key_batch, cols, outer), value)),
@@ -250,13 +251,12 @@ def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
     if is_node(mask):
         scores.terms.append(_fused_mask(mask, score_layout))
     region: dict[tuple[Role, fx.Node], Layout] = {("scores", anchor): score_layout}
-    chains = {role: peel(role, operand, region, _none(role, scores)) for role, operand in operands.items()}  # type: ignore[arg-type]  # the keys are roles
+    chains = {role: peel(role, operand, region, _none(role, scores)) for role, operand in operands.items()}
     output_layout = (*batch, rows, outer)
     axes = tell_roles(chains, inner, outer, cols, score_layout, anchor, output_layout)
     p = constant(argument(anchor, 4, "dropout_p", 0.0))
     mixed = Mixed(anchor, output_layout, operands["value"], dropout=1.0 if p is None else p)
-    ways: dict[Role, list[list[Operand]]] = {role: [chain] for role, chain in chains.items()}  # type: ignore[misc]  # likewise
-    return _build(anchor, mixed, ways, scores, axes, region, reader)
+    return _build(anchor, mixed, {role: [chain] for role, chain in chains.items()}, scores, axes, region, reader)
 
 
 def _none(role: str, scores: Scores) -> Scores | None:

@@ -23,8 +23,9 @@ _CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "p
 class Mixed:
     """The product of weights and values: the site's output, its layout, the values, and what was done to the weights.
 
-    ``values`` are such in two blocks; ``gates`` are factors on the weights; ``guard`` is the fill whose keys are zeroed once more behind the softmax, and
-    ``no_nan`` says that NaN becomes zero: both only matter to rows without visible keys.
+    ``values`` are such in two blocks; ``gates`` are factors on the weights; ``guard`` is the fill whose keys are zeroed
+    once more behind the softmax, and ``no_nan`` says that NaN becomes zero: both only matter to rows without visible
+    keys.
     """
 
     output: fx.Node

@@ -6,64 +6,36 @@ a move of axes. ``normal_form`` folds the steps.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from attnrewrite.passes.attention.contract import CONTRACTIONS, from_result, is_product
-from attnrewrite.passes.attention.form import NEGLIGIBLE, Reject, Role, Scores, Sink, Term
+from attnrewrite.passes.attention.form import NEGLIGIBLE, Reject, Scores, Term
 from attnrewrite.passes.attention.normal_form import Step, normal_form
 from attnrewrite.passes.attention.softmax import CASTS, Softmax
 from attnrewrite.passes.graph.axes import (
-    MOVES,
     AxisError,
-    Dim,
     Layout,
-    Symbol,
     backward,
     broadcast,
     flat,
     fresh,
-    same,
     symbols,
 )
 from attnrewrite.passes.graph.constants import constant
-from attnrewrite.passes.graph.nodes import argument, is_node, op, shape, tensor
+from attnrewrite.passes.graph.nodes import argument, is_node, op, tensor
 from attnrewrite.passes.masks.selection import line_over
-from attnrewrite.passes.matching.joins import NEAREST as BLOCKS
-from attnrewrite.passes.matching.joins import Block
+from attnrewrite.passes.matching.columns import join, sink
 from attnrewrite.passes.matching.mixing import NEAREST, is_heads, source_of_map
+from attnrewrite.passes.matching.walk import LOST, NO_PRODUCT, Walk, reaches_contraction
 
-MORE_DONE = "several score matrices are joined, and more is done to one of them than to the other"
-LOST = "axes cannot be followed between the scores and the softmax"
-NO_PRODUCT = "the softmax is not fed by a contraction of two activations"
-
-
-@dataclass
-class Walk:
-    """The path from the softmax to the contraction.
-
-    ``cols`` is the key axis where the walk stands: it becomes shorter where a sink column is cut off. ``rigid`` says
-    that what was passed does not commute with adding the same number for all keys. ``shifts`` are such numbers.
-    ``blocks`` are the products of two blocks of keys whose scores are joined.
-    """
-
-    cols: Dim
-    steps: list[Step] = field(default_factory=list)
-    region: dict[tuple[Role, fx.Node], Layout] = field(default_factory=dict)
-    contraction: fx.Node | None = None
-    layout: Layout = ()
-    sink: Sink | None = None
-    rigid: bool = False
-    shifts: list[tuple[fx.Node, Layout]] = field(default_factory=list)
-    blocks: tuple[Block, Block] | None = None
+_MAXIMA = {"amax", "max", "detach"}
 
 
 def read(softmax: Softmax, layout: Layout) -> tuple[Scores, Walk]:
     """Return the normal form of a softmax's input, whose layout is ``layout``. Raises Reject."""
-    walk, start = Walk(layout[softmax.axis]), softmax.scores
+    walk, start = Walk(layout[softmax.axis], anchor=softmax.node), softmax.scores
     try:
         _walk(start, layout, walk)
     except AxisError as error:
@@ -73,30 +45,6 @@ def read(softmax: Softmax, layout: Layout) -> tuple[Scores, Walk]:
     scores = normal_form(walk.contraction, walk.steps, start)
     scores.sink, scores.shifts = walk.sink, walk.shifts
     return scores, walk
-
-
-_BINARY = {"add": (0, 1), "sub": (0, 1), "mul": (0, 1), "maximum": (0, 1), "where": (1, 2)}
-_UNARY = {"div", "tanh", "masked_fill", "expand", "alias", "clamp", "clamp_min", "max"} | MOVES | CASTS
-
-
-_MAXIMA = {"amax", "max", "detach"}
-
-
-def reaches_contraction(node: Any, depth: int = 32) -> bool:
-    """Whether walking back from ``node`` along score-like operations arrives at a contraction of two activations."""
-    while is_node(node) and depth:
-        depth -= 1
-        name = op(node)
-        if name in CONTRACTIONS:
-            return is_product(node)
-        if name in _BINARY:
-            return any(reaches_contraction(node.args[i], depth) for i in _BINARY[name])
-        if name == "cat" and isinstance(node.args[0], list | tuple):
-            return any(reaches_contraction(part, depth) for part in node.args[0])
-        if name not in _UNARY:
-            return False
-        node = node.args[0] if node.args else None
-    return False
 
 
 def _walk(node: fx.Node, layout: Layout, walk: Walk) -> None:
@@ -111,7 +59,7 @@ def _walk(node: fx.Node, layout: Layout, walk: Walk) -> None:
         moved = backward(layout, node)
         if moved is not None:
             node, layout = moved
-        elif name == "cat" and _join(node, layout, walk):
+        elif name == "cat" and join(node, layout, walk, _walk):
             return
         elif name in CASTS and is_node(node.args[0]):
             node = node.args[0]
@@ -258,65 +206,6 @@ def _where(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
     return _inner(node, scores, layout)
 
 
-def _alike(first: fx.Node, second: fx.Node) -> bool:
-    a, b = tensor(first), tensor(second)
-    return a is not None and b is not None and a.dtype == b.dtype
-
-
-def _is_scaled_product(node: Any) -> bool:
-    """Whether ``node`` is a product, moved or scaled; of its operands, one may be learned."""
-    while op(node) in MOVES | CASTS | {"mul", "div"} and is_node(node.args[0]):
-        node = node.args[0]
-    return op(node) in CONTRACTIONS
-
-
-def _join(node: fx.Node, layout: Layout, walk: Walk) -> bool:
-    """Read the scores of two blocks of keys that are joined along the key axis. Raises Reject."""
-    parts, dim = list(node.args[0]), int(argument(node, 1, "dim", 0)) % len(layout)  # type: ignore[arg-type]  # tensors and an int by schema
-    products = len(parts) == 2 and all(map(_is_scaled_product, parts)) and any(map(reaches_contraction, parts))
-    if not products or flat(layout[dim]) != flat(walk.cols):
-        return False
-    ways = [Walk((Symbol("j", shape(part)[dim]),), rigid=True) for part in parts]
-    for part, way in zip(parts, ways, strict=True):
-        _walk(part, (*layout[:dim], way.cols, *layout[dim + 1 :]), way)
-    first, second = ways
-    numbers = [math.prod(step.number for step in way.steps) for way in ways]
-    plain = all(step.kind == "scale" for way in ways for step in way.steps) and not (first.blocks or second.blocks)
-    if not plain or first.sink or second.sink or numbers[0] != numbers[1] or first.region.keys() & second.region.keys():
-        raise Reject("AR203", MORE_DONE, node, BLOCKS)
-    if len(flat(walk.cols)) != 1 or not _alike(*parts):
-        raise Reject("AR203", "several score matrices are joined that differ in dtype, or whose axis is cut elsewhere", node, BLOCKS)
-    walk.region |= first.region | second.region
-    walk.steps += [Step("scale", number=numbers[0])] if numbers[0] != 1 else []
-    walk.contraction, walk.layout = first.contraction, layout
-    assert first.contraction is not None and second.contraction is not None
-    walk.blocks = (
-        Block(first.contraction, first.layout, first.cols),
-        Block(second.contraction, second.layout, second.cols),
-    )
-    return True
-
-
-def _cat(node: fx.Node, layout: Layout, walk: Walk) -> tuple[fx.Node, Layout]:
-    """Cut off a sink: one further column of scores, which takes weight and gives no value."""
-    parts, dim = list(node.args[0]), int(argument(node, 1, "dim", 0)) % len(layout)  # type: ignore[arg-type]  # tensors and an int by schema
-    wide = layout[dim]
-    reached = [reaches_contraction(part) for part in parts]
-    if sum(reached) != 1:
-        raise Reject("AR203" if any(reached) else "AR202", MORE_DONE if any(reached) else NO_PRODUCT, node, BLOCKS)
-    scores = parts[reached.index(True)]
-    others = [part for part in parts if part is not scores]
-    if any(map(_is_scaled_product, others)):
-        raise Reject("AR203", MORE_DONE, node, BLOCKS)
-    if len(others) != 1 or not same(shape(others[0])[dim], 1) or flat(wide) != flat(walk.cols) or walk.sink:
-        raise Reject("AR203", "the scores are joined with more than one further column", node)
-    walk.cols = (Symbol("j", shape(scores)[dim]),)
-    column = (*layout[:dim], (), *layout[dim + 1 :])
-    walk.sink = Sink(others[0], broadcast(column, others[0]), wide, walk.cols, last=parts[0] is scores)
-    walk.rigid = True
-    return scores, (*layout[:dim], walk.cols, *layout[dim + 1 :])
-
-
 _STEPS = {
     "mul": _scale,
     "div": _scale,
@@ -325,7 +214,7 @@ _STEPS = {
     "tanh": _tanh,
     "masked_fill": _masked_fill,
     "where": _where,
-    "cat": _cat,
+    "cat": sink,
     **dict.fromkeys(("maximum", "max", "clamp", "clamp_min"), _floor),
 }
 

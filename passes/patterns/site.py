@@ -151,7 +151,7 @@ def as_site(found: PatternMatch, reader: MaskReader) -> Attention:
     scores.is_causal = pattern.is_causal
     scores.terms = [_term(pattern, mask, score_layout) for mask in found.given[3:]]
     region: dict[tuple[Role, fx.Node], Layout] = {("scores", node): () for node in found.nodes}
-    chains = {
+    chains: dict[Role, list[Operand]] = {
         "query": peel("query", query, region, scores),
         "key": peel("key", key, region, scores),
         "value": peel("value", value, region, None),

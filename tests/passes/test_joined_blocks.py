@@ -84,6 +84,27 @@ class Turned(Memory):
         return (self.memory_values.mT @ turned[..., :MEMORY, :] + v.mT @ turned[..., MEMORY:, :]).mT
 
 
+class NullKey(Memory):
+    """One learned key and value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory_keys, self.memory_values = (nn.Parameter(torch.randn(HEADS, 1, 4)) for _ in range(2))
+
+    def mixed(self, weights: Tensor, v: Tensor) -> Tensor:
+        return weights[..., :1] @ self.memory_values + weights[..., 1:] @ v
+
+
+class ComputedSink(NullKey):
+    """The learned key has no value."""
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.cat([q @ self.memory_keys.mT * 0.5, q @ k.mT * 0.5], -1)
+
+    def mixed(self, weights: Tensor, v: Tensor) -> Tensor:
+        return weights[..., 1:] @ v
+
+
 class GlobalTokens(Attention):
     """Blocks of the sequence attend within themselves and to all global tokens."""
 
@@ -91,9 +112,7 @@ class GlobalTokens(Attention):
         q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
         first, last = k[:, :, :2], v[:, :, :2]
         q, k, v = (y.unflatten(2, (-1, 3)) for y in (q, k, v))
-        scores = torch.cat(
-            [torch.einsum("bhnid,bhjd->bhnij", q, first), torch.einsum("bhnid,bhnjd->bhnij", q, k)], -1
-        )
+        scores = torch.cat([torch.einsum("bhnid,bhjd->bhnij", q, first), torch.einsum("bhnid,bhnjd->bhnij", q, k)], -1)
         weights = torch.softmax(scores * 0.5, -1)
         out = torch.einsum("bhnij,bhjd->bhnid", weights[..., :2], last)
         out = out + torch.einsum("bhnij,bhnjd->bhnid", weights[..., 2:], v)
@@ -117,6 +136,14 @@ def test_blocks_of_the_sequence_beside_global_tokens() -> None:
     (site,) = compiled_like_eager(GlobalTokens(), torch.randn(2, 12, WIDTH))
     assert rewritten([site])
     assert (site.heads, site.query_length, site.key_length) == (HEADS, 3, 5)
+
+
+def test_one_learned_key_with_a_value_is_a_block_and_without_one_a_sink() -> None:
+    torch.manual_seed(0)
+    (block,) = compiled_like_eager(NullKey(), torch.randn(2, LENGTH, WIDTH))
+    (sink,) = compiled_like_eager(ComputedSink(), torch.randn(2, LENGTH, WIDTH))
+    assert rewritten([block]) and (block.key_length, block.sink) == (LENGTH + 1, False)
+    assert (sink.status, sink.certificate, sink.key_length, sink.sink) == ("matched", "proved", LENGTH, True)
 
 
 def test_blocks_of_any_length() -> None:
