@@ -50,7 +50,8 @@ class Backend:
     kernels: "auto" takes generated kernels where there are any; "reference" never does; "triton" insists on them.
     inner: the compiler for the rewritten graph.
     verify: whether every match is proved in float64 before it is used.
-    report: a path for the report as JSON, or a function that is called with every graph's Report.
+    report: a path for the report as JSON, or a function that is called with every graph's Report. Sites are drawn, as
+        they are and as they become, where a report is wanted.
 
     Raises:
         CaptureError: AR101 for an unknown field, AR102 for a wrong value.
@@ -150,7 +151,8 @@ class Backend:
     def _pipeline(self) -> Pipeline:
         config = self.config.to_dict()
         name = config.pop("variant")
-        return Pipeline(Plan(name, config, tuple(self.targets), tuple(self.exclude)), self.verify, prover=_PROVER)
+        plan = Plan(name, config, tuple(self.targets), tuple(self.exclude))
+        return Pipeline(plan, self.verify, draw=self.report is not None, prover=_PROVER)
 
     def _must_raise(self, gm: fx.GraphModule) -> bool:
         """Whether running the original graph would change what the user asked for."""

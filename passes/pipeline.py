@@ -89,7 +89,7 @@ class Pipeline:
                 if request is None:
                     row.status = "skipped" if row.status == "matched" else row.status
                 elif row.status == "matched":
-                    self._apply(site, row, request)
+                    self._apply(site, row, request, report)
                 else:
                     row.variant = request.variant
         self._check_applied(report, markers, found)
@@ -120,7 +120,7 @@ class Pipeline:
                 row.rejections.append(Rejection("AR205", wrong, row.layer, row.source))
         return row
 
-    def _apply(self, site: Attention, row: Site, request: Request) -> None:
+    def _apply(self, site: Attention, row: Site, request: Request, report: Report) -> None:
         rule = RULES[request.variant]
         row.variant, row.config = request.variant, dict(request.config)
         try:
@@ -130,6 +130,8 @@ class Pipeline:
             row.status = "matched" if reject.code in LEFT_AS_IT_IS else "rejected"
             row.implementation = "as written"
             return
+        if self.draw:
+            row.after = self._after(site, request, report)
         self.lowering.replace(site, rule, request)
         row.status = "rewritten"
         row.implementation = "fused" if request.variant == "sdpa" else "reference"
@@ -140,17 +142,20 @@ class Pipeline:
             return
         if self.parameters is not None and not request.parameters:
             request = replace(request, parameters=drawing.stand_ins(site, self.parameters(site)))
-        rule = RULES[request.variant]
         with timed(report, "draw"):
             try:
-                traced, nodes = self.lowering.traced(site, rule, request)
+                row.after = self._after(site, request, report)
             except Exception as failure:  # the backend would fail here, too
                 detail = f"the rewrite to {request.variant} failed: {type(failure).__name__}: {failure}"
                 row.rejections.append(Rejection("AR901", detail, row.layer, row.source))
                 row.status = "rejected"
-                return
-            roles = of_site(site).roles | {node: name for name, node in rule.extra(site, request).items()}
-            row.after = drawing.add(report, drawing.drawing_of_traced(traced, nodes, roles))
+
+    def _after(self, site: Attention, request: Request, report: Report) -> str:
+        """Draw what takes the place of the site; it is traced once, also for the rewrite itself."""
+        rule = RULES[request.variant]
+        traced, nodes = self.lowering.traced(site, rule, request)
+        roles = of_site(site).roles | {node: name for name, node in rule.extra(site, request).items()}
+        return drawing.add(report, drawing.drawing_of_traced(traced, nodes, roles))
 
     def _check_conflict(self, markers: list[marker_pass.Marker]) -> None:
         if markers and self.plan.variant != "sdpa":

@@ -67,6 +67,24 @@ def test_every_spelling_is_drawn(make: type[nn.Module], kind: str, heads: int) -
     assert all(box.op for drawing in report.drawings.values() for box in drawing.nodes)
 
 
+def test_reports_of_the_backend_are_drawn_alike() -> None:
+    model, x, found = Deep(3).eval(), torch.randn(2, 13, WIDTH), list[Report]()
+    torch._dynamo.reset()
+    torch.compile(model, backend=attnrewrite.Backend(inner="eager", strict=True, report=found.append))(x)
+    (ours,), theirs = found, attnrewrite.explain(model, x)
+    assert [site.status for site in ours.sites] == ["rewritten"] * 3
+    assert [(site.before, site.after) for site in ours.sites] == [(ours.sites[0].before, ours.sites[0].after)] * 3
+    for which in ("before", "after"):
+        a, b = (r.drawings[getattr(r.sites[0], which)] for r in (ours, theirs))
+        assert [(box.op, box.role) for box in a.nodes] == [(box.op, box.role) for box in b.nodes]
+
+
+def test_nothing_is_drawn_where_no_report_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attnrewrite.passes.drawing._draw", lambda *_: pytest.fail("drawn"))
+    torch._dynamo.reset()
+    torch.compile(NanoGPT().eval(), backend=attnrewrite.Backend(inner="eager", strict=True))(torch.randn(2, 13, WIDTH))
+
+
 class Refused(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         long = x
