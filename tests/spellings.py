@@ -66,6 +66,19 @@ class GroupedEinsum(nn.Module):
         return torch.einsum("bhgij,bjhe->bihge", weights, v).reshape(B, T, WIDTH)
 
 
+class LongEinsum(nn.Module):
+    """The values and the output projection in one einsum of three operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(HEADS, HEAD_DIM, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (HEADS, HEAD_DIM)) for y in self.qkv(x).chunk(3, -1))
+        weights = torch.einsum("bihd,bjhd->bhij", q * HEAD_DIM**-0.5, k).softmax(-1)
+        return torch.einsum("bhij,bjhd,hdw->biw", weights, v, self.o)
+
+
 class MultiQuery(nn.Module):
     """One key-value head, by broadcasting."""
 
@@ -201,6 +214,7 @@ SPELLINGS: list[tuple[type[nn.Module], str, int]] = [
     (NanoGPT, "causal", HEADS),
     (FoldedHeads, "causal", HEADS),
     (GroupedEinsum, "none", HEADS),
+    (LongEinsum, "none", HEADS),
     (MultiQuery, "none", HEADS),
     (SingleHead, "causal", 1),
     (TransposedScores, "none", 1),
