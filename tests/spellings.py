@@ -79,6 +79,21 @@ class LongEinsum(nn.Module):
         return torch.einsum("bhij,bjhd,hdw->biw", weights, v, self.o)
 
 
+class ClassToken(nn.Module):
+    """Only the first token asks: a query axis of size 1 is put in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q = self.q(x[:, 0]).unsqueeze(1).reshape(B, 1, HEADS, HEAD_DIM).transpose(1, 2)
+        k, v = (layer(x).reshape(B, T, HEADS, HEAD_DIM).transpose(1, 2) for layer in (self.k, self.v))
+        weights = (q * HEAD_DIM**-0.5 @ k.mT).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).reshape(B, 1, C))
+
+
 class MultiQuery(nn.Module):
     """One key-value head, by broadcasting."""
 
@@ -215,6 +230,7 @@ SPELLINGS: list[tuple[type[nn.Module], str, int]] = [
     (FoldedHeads, "causal", HEADS),
     (GroupedEinsum, "none", HEADS),
     (LongEinsum, "none", HEADS),
+    (ClassToken, "none", HEADS),
     (MultiQuery, "none", HEADS),
     (SingleHead, "causal", 1),
     (TransposedScores, "none", 1),
