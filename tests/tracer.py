@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 _PRODUCTS = {"mm", "bmm", "baddbmm", "addmm"}
 _SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax"}
 _OPAQUE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd", "flex_attention"}
-_ELEMENTWISE = """add sub mul div neg where masked_fill maximum minimum clamp clamp_min tanh exp _to_copy clone copy
+_ELEMENTWISE = """add sub mul div neg where masked_fill maximum minimum clamp clamp_min tanh exp abs _to_copy clone copy
     native_dropout dropout nan_to_num fill masked_scatter tril triu"""
 _MOVES = """view _unsafe_view reshape expand permute transpose t unsqueeze squeeze alias detach slice select split
     split_with_sizes unbind as_strided unfold roll repeat index_put cat stack constant_pad_nd index index_select gather
@@ -72,6 +72,8 @@ class AttentionTracer(TorchDispatchMode):
             self._product(inputs[-2:], results[0])
         elif name in _SOFTMAX:
             self._softmax(inputs[0], results[0])
+        elif name == "convolution" and inputs[1].shape[:2].numel() <= MAX_HEADS**2 and inputs[1].shape[2:].numel() == 1:
+            self._follow(inputs[:1], results)  # talking heads, written as a convolution
         elif name.removesuffix("_") in _FOLLOWED:
             self._follow(inputs, results)
         return out

@@ -33,7 +33,7 @@ def written() -> dict[str, Row]:
 @pytest.mark.parametrize("family", ROWS)
 def test_the_row_is_true(family: Family, written: dict[str, Row]) -> None:
     if missing(family):
-        pytest.skip(f"{missing(family)} is not installed")
+        pytest.skip(f"not installed: {missing(family)}")
     assert measure(family) == written[family.key]
 
 
@@ -44,10 +44,16 @@ def test_every_family_has_a_row(written: dict[str, Row]) -> None:
 def test_nearly_all_attention_is_found_and_the_rest_has_a_reason(written: dict[str, Row]) -> None:
     rows = list(written.values())
     captured = [row for row in rows if not row.remark.startswith(("AR105", "AR107"))]
+    transformers = [row for row in captured if row.source == "transformers"]
     for entry in ("inference", "training"):
-        counts = [getattr(row, entry).split("/") for row in captured if getattr(row, entry) != "none"]
-        assert sum(int(found) for found, _ in counts) >= 0.975 * sum(int(layers) for _, layers in counts), entry
-    assert len(rows) >= 200
+        assert _share(transformers, entry) >= 0.975, entry
+        assert _share(captured, entry) >= 0.96, entry
+    assert len(rows) >= 300
     for row in rows:
         complete = row.inference == f"{row.layers}/{row.layers}"
         assert complete or row.remark, f"{row.family}: {row.inference} and no reason"
+
+
+def _share(rows: list[Row], entry: str) -> float:
+    counts = [getattr(row, entry).split("/") for row in rows if getattr(row, entry) != "none"]
+    return sum(int(found) for found, _ in counts) / sum(int(layers) for _, layers in counts)

@@ -29,8 +29,9 @@ class Facts:
 
 
 def modules_facts(model: nn.Module) -> Facts:
-    """Read the numbers of heads off the attributes of a model's modules."""
-    heads = _attributes(model.modules(), "num_heads", "heads", "n_head", "nhead", "num_attention_heads")
+    """Read the numbers of heads off the attributes of a model's modules; where none is named, there is one."""
+    heads = _attributes(model.modules(), "num_heads", "heads", "n_head", "n_heads", "nhead", "num_attention_heads")
+    heads = heads or frozenset({1})
     kv_heads = _attributes(model.modules(), "kv_heads", "num_kv_heads")
     return Facts(heads, heads | kv_heads | {1})
 
@@ -45,7 +46,7 @@ class Family:
     """How to build one family and what it is fed.
 
     ``make`` takes "eager" or "sdpa", and raises ValueError where the family does not offer it; ``trains`` is False
-    where torch has no backward on CPU; ``needs`` is the package it is from.
+    where torch has no backward on CPU; ``needs`` are packages.
     """
 
     source: str
@@ -54,7 +55,7 @@ class Family:
     inputs: Callable[[nn.Module], dict[str, Any]]
     facts: Callable[[nn.Module], Facts] = modules_facts
     trains: bool = True
-    needs: str = ""
+    needs: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
