@@ -14,7 +14,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
-
 from zoo.family import BATCH, HEADS, WIDTH, Facts, Family, ids, normal
 
 SOURCE = "transformers"
