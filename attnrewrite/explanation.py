@@ -37,13 +37,16 @@ def inspect_model(
     A model that torch.export cannot take as a whole is captured graph by graph, as torch.compile does.
     """
     start = time.perf_counter()
+    whole: AttnRewriteError | None = None
     try:
         captures = [capture_model(model, args, kwargs)]
     except AttnRewriteError as failure:
         if failure.code != "AR105":
             raise
-        captures = _graph_by_graph(model, args, kwargs, failure)
+        captures, whole = _graph_by_graph(model, args, kwargs, failure), failure
     report, found = _merged([inspect_capture(capture, config) for capture in captures])
+    if whole is not None and not report.sites and not report.rejections:
+        raise whole  # graphs without any softmax do not say that the model has none
     report.model = type(model).__name__
     report.timings_ms["capture"] = (time.perf_counter() - start) * 1e3 - sum(report.timings_ms.values())
     return report, found

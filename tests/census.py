@@ -1,14 +1,17 @@
 """The coverage table: every family, how many attention layers it has, and how many are found at each entry.
 
-``python -P tests/census.py docs/coverage.md`` measures all and writes the document; ``... NAME ...`` only some rows.
+``python -P tests/census.py docs/coverage.md`` measures all and writes the document; ``... NAME ...`` only
+the rows of some families or sources.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,8 @@ import torch
 from rich.progress import track
 from torch import nn
 from tracer import Softmax, trace
-from zoo import FAMILIES, Family, build, inputs_of
+from zoo.family import Family, installed
+from zoo.sources import FAMILIES, SOURCES, Source, missing
 
 from attnrewrite.errors import AttnRewriteError
 from attnrewrite.explanation import explain
@@ -28,11 +32,12 @@ from attnrewrite.passes.report import Rejection, Report
 
 @dataclass(frozen=True)
 class Row:
-    """One family. Counts are found / true, or why there is none.
+    """One family of a source. Counts are found / true, or why there is none.
 
     ``layers`` are the attentions that run, ``others`` the other softmaxes, both as the independent tracer counts them.
     """
 
+    source: str
     family: str
     layers: int
     others: int
@@ -60,16 +65,18 @@ HEADINGS = {
 
 INTRODUCTION = """# Coverage
 
-Which attention the recogniser finds in {families} model families of transformers, in tiny models with random weights.
-Written by `make coverage`; a test measures rows again and compares.
+Which attention the recogniser finds in {families} families of tiny models with random weights: those of transformers,
+torch's own modules, modules written by hand, and those of other libraries. Written by `make coverage`; a test measures
+rows again and compares.
 
 The true number of attention layers is not counted by the recogniser. An independent tracer follows one ordinary forward
 pass, operator by operator: a product of two computed values is a score, a softmax of scores is a weight, and weights
 that enter another product make that softmax an attention. `export` is `attnrewrite explain`, `backend` is
-`torch.compile` without gradients, `backend, training` in train mode with gradients; these three with eager attention.
-`written as sdpa` is `attnrewrite explain` where the family also offers the fused operator. A layer counts as found if
-it is matched in normal form; `proved` counts those whose certificate holds. `facts as configured` compares heads, KV
-heads, window and soft-cap with the config. Other softmaxes (routers, gates, pooling) are reported as AR202.
+`torch.compile` without gradients, `backend, training` in train mode with gradients; these three with attention that is
+written out, where a family offers that. `written as sdpa` is `attnrewrite explain` where the family also offers the
+fused operator. A layer counts as found if it is matched in normal form; `proved` counts those whose certificate holds.
+`facts as configured` compares heads, KV heads, window and soft-cap with the config, or with the heads that the modules
+name. Other softmaxes (routers, gates, pooling) are reported as AR202.
 
 {found} of {layers} attention layers are found through the backend in inference.
 
@@ -78,13 +85,14 @@ heads, window and soft-cap with the config. Other softmaxes (routers, gates, poo
 
 def measure(family: Family) -> Row:
     """Measure one family."""
-    model = build(family)
-    inputs = inputs_of(family, model)
+    model = family.build()
+    inputs = family.inputs(model)
     marks = trace(model, **inputs)
     layers, others = _count(marks)
     exported = _explained(model, inputs)
     inference = dynamo_report(model, inputs)
     return Row(
+        family.source,
         family.name,
         layers,
         others,
@@ -93,7 +101,7 @@ def measure(family: Family) -> Row:
         _training(family),
         _sdpa(family),
         _ratio(sum(site.certificate == "proved" for site in inference.sites), len(inference.sites)),
-        _ratio(sum(agrees(model.config, site, family.heads) for site in _matched(inference)), len(_matched(inference))),
+        _ratio(sum(map(family.facts(model).agree, _matched(inference))), len(_matched(inference))),
         _remark(inference),
     )
 
@@ -104,18 +112,20 @@ def _count(marks: list[Softmax]) -> tuple[int, int]:
 
 
 def _training(family: Family) -> str:
-    model = build(family).train()
-    inputs = inputs_of(family, model)
+    if not family.trains:
+        return "none"
+    model = family.build().train()
+    inputs = family.inputs(model)
     layers, _ = _count(_seeded(lambda: trace(model, **inputs)))
     return _found(_seeded(lambda: dynamo_report(model, inputs, train=True)), layers)
 
 
 def _sdpa(family: Family) -> str:
     try:
-        model = build(family, "sdpa")
+        model = family.build("sdpa")
     except ValueError:
         return "none"
-    inputs = inputs_of(family, model)
+    inputs = family.inputs(model)
     layers, _ = _count(trace(model, **inputs))
     return _found(_explained(model, inputs), layers)
 
@@ -142,9 +152,16 @@ def dynamo_report(model: nn.Module, inputs: dict[str, Any], train: bool = False)
         return run
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch.set_grad_enabled(train):
         torch.compile(model, backend=collect)(**inputs)
+    if not report.sites and not report.rejections:
+        report.rejections += [Rejection("AR105", f"torch.compile: {x.splitlines()[0]}") for x in _breaks()]
     return report
+
+
+def _breaks() -> list[str]:
+    return list(torch._dynamo.utils.counters["graph_break"])
 
 
 def _explained(model: nn.Module, inputs: dict[str, Any]) -> Report | AttnRewriteError:
@@ -174,70 +191,64 @@ def _remark(report: Report) -> str:
     return "; ".join(sorted(reasons)).replace("|", "\\|")
 
 
-def agrees(config: Any, site: Any, told: int | None = None) -> bool:
-    """Whether a site has the heads (or those ``told``), KV heads, window and soft-cap that its config allows."""
-    configs = list(_configs(config))
-    heads = _numbers(configs, "num_attention_heads", "num_heads", "num_decoder_attention_heads", "n_head", "n_heads")
-    heads |= _numbers(configs, "encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads")
-    heads = heads if told is None else {told}
-    kv_heads = _numbers(configs, "num_key_value_heads", "num_kv_heads") | heads | {1}
-    windows = _numbers(configs, "sliding_window", "window_size", "local_attention", "attention_window_size") | {None}
-    caps = _numbers(configs, "attn_logit_softcapping", "attention_logits_soft_cap") | {None}
-    odd = not heads or site.heads not in heads
-    return not odd and site.kv_heads in kv_heads and site.mask.window in windows and site.softcap in caps
-
-
-def _configs(config: Any) -> Iterator[Any]:
-    yield config
-    for inner in vars(config).values():
-        if hasattr(inner, "to_dict") and hasattr(inner, "model_type"):
-            yield from _configs(inner)
-
-
-def _numbers(configs: list[Any], *names: str) -> set[Any]:
-    found: set[Any] = set()
-    for config in configs:
-        for name in names:
-            value = getattr(config, name, None)
-            found |= set(value) if isinstance(value, list | tuple) else {value}
-    return found - {None}
-
-
 def table(rows: list[Row]) -> str:
-    """Return the document's table."""
-    names = [field.name for field in fields(Row)]
+    """Return one source's table."""
+    names = [field.name for field in fields(Row)][1:]
     lines = ["| " + " | ".join(HEADINGS[name] for name in names) + " |", "| --- " * len(names) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(str(x) for x in astuple(row)) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(str(x) for x in astuple(row)[1:]) + " |" for row in rows)]) + "\n"
 
 
 def read(path: Path) -> dict[str, Row]:
-    """Return the rows of a written document by family."""
-    rows = {}
+    """Return the rows of a written document by the family's key."""
+    rows, source = {}, ""
     for line in path.read_text(encoding="utf-8").splitlines():
+        source = line[3:].split(",")[0] if line.startswith("## ") else source
         cells = [cell.strip() for cell in line.replace("\\|", "\0").strip("|").split("|")]
         if line.startswith("| ") and cells[1].isdigit():
             texts = [cell.replace("\0", "\\|") for cell in cells]
-            rows[texts[0]] = Row(texts[0], int(texts[1]), int(texts[2]), *texts[3:])
+            rows[f"{source}/{texts[0]}"] = Row(source, texts[0], int(texts[1]), int(texts[2]), *texts[3:])
     return rows
 
 
-def document(rows: list[Row]) -> str:
-    """Return the whole document."""
-    found = sum(int(row.inference.split("/")[0]) for row in rows)
+def versions(path: Path) -> dict[str, str]:
+    """Return the version of every source: of the package that is here, else the one that the document names."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    named = dict(re.findall(r"^## (.+), \S+ (\S+)$", text, re.MULTILINE))
+    return {source.name: installed(source.package) or named.get(source.name, "") for source in SOURCES}
+
+
+def document(rows: list[Row], known: dict[str, str]) -> str:
+    """Return the whole document; ``known`` are the versions of the sources."""
+    found = sum(_part(row.inference) for row in rows)
     counts = {"families": len(rows), "found": found, "layers": sum(row.layers for row in rows)}
-    return INTRODUCTION.format(**counts) + table(rows)
+    parts = [_section(source, [row for row in rows if row.source == source.name], known) for source in SOURCES]
+    return INTRODUCTION.format(**counts) + "\n".join(part for part in parts if part)
+
+
+def _section(source: Source, rows: list[Row], known: dict[str, str]) -> str:
+    if not rows:
+        return ""
+    found, layers = sum(_part(row.inference) for row in rows), sum(row.layers for row in rows)
+    title = f"## {source.name}, {source.package} {known[source.name]}"
+    note = textwrap.fill(f"{source.note} {len(rows)} families, {found} of {layers} layers.", 120)
+    return f"{title}\n\n{note}\n\n{table(rows)}"
+
+
+def _part(ratio: str) -> int:
+    """Return how many are found; a code stands where there is no ratio."""
+    return int(ratio.split("/")[0]) if "/" in ratio else 0
 
 
 def main(path: str, *names: str) -> None:
-    """Measure all families, or the named ones anew, and write the document after each."""
+    """Measure all families that can be, or the named ones anew, and write the document after each."""
     logging.disable(logging.WARNING)
     target = Path(path)
     rows = read(target) if target.exists() else {}
-    chosen = [family for family in FAMILIES if not names or family.name in names]
-    for family in track(chosen, description="measuring families"):
-        rows[family.name] = measure(family)
-        known = [rows[each.name] for each in FAMILIES if each.name in rows]
-        target.write_text(document(known), encoding="utf-8")
+    chosen = [each for each in FAMILIES if not names or {each.name, each.key, each.source} & set(names)]
+    for family in track([each for each in chosen if not missing(each)], description="measuring families"):
+        rows[family.key] = measure(family)
+        known = [rows[each.key] for each in FAMILIES if each.key in rows]
+        target.write_text(document(known, versions(target)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,34 @@ class GroupedEinsum(nn.Module):
         return torch.einsum("bhgij,bjhe->bihge", weights, v).reshape(B, T, WIDTH)
 
 
+class LongEinsum(nn.Module):
+    """The values and the output projection in one einsum of three operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(HEADS, HEAD_DIM, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y.unflatten(-1, (HEADS, HEAD_DIM)) for y in self.qkv(x).chunk(3, -1))
+        weights = torch.einsum("bihd,bjhd->bhij", q * HEAD_DIM**-0.5, k).softmax(-1)
+        return torch.einsum("bhij,bjhd,hdw->biw", weights, v, self.o)
+
+
+class ClassToken(nn.Module):
+    """Only the first token asks: a query axis of size 1 is put in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q = self.q(x[:, 0]).unsqueeze(1).reshape(B, 1, HEADS, HEAD_DIM).transpose(1, 2)
+        k, v = (layer(x).reshape(B, T, HEADS, HEAD_DIM).transpose(1, 2) for layer in (self.k, self.v))
+        weights = (q * HEAD_DIM**-0.5 @ k.mT).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).reshape(B, 1, C))
+
+
 class MultiQuery(nn.Module):
     """One key-value head, by broadcasting."""
 
@@ -218,6 +246,8 @@ SPELLINGS: list[tuple[type[nn.Module], str, int]] = [
     (NanoGPT, "causal", HEADS),
     (FoldedHeads, "causal", HEADS),
     (GroupedEinsum, "none", HEADS),
+    (LongEinsum, "none", HEADS),
+    (ClassToken, "none", HEADS),
     (MultiQuery, "none", HEADS),
     (SingleHead, "causal", 1),
     (TransposedScores, "none", 1),

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 _PRODUCTS = {"mm", "bmm", "baddbmm", "addmm"}
 _SOFTMAX = {"_softmax", "_safe_softmax", "_log_softmax"}
-_OPAQUE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd"}
-_ELEMENTWISE = """add sub mul div neg where masked_fill maximum minimum clamp clamp_min tanh exp _to_copy clone copy
+_OPAQUE = {"_native_multi_head_attention", "_transformer_encoder_layer_fwd", "flex_attention"}
+_ELEMENTWISE = """add sub mul div neg where masked_fill maximum minimum clamp clamp_min tanh exp abs _to_copy clone copy
     native_dropout dropout nan_to_num fill masked_scatter tril triu"""
 _MOVES = """view _unsafe_view reshape expand permute transpose t unsqueeze squeeze alias detach slice select split
     split_with_sizes unbind as_strided unfold roll repeat index_put cat stack constant_pad_nd index index_select gather
@@ -54,13 +55,14 @@ class AttentionTracer(TorchDispatchMode):
     probs: dict[int, set[int]] = field(default_factory=dict)
     kept: list[Any] = field(default_factory=list)
     path: list[str] = field(default_factory=list)
+    supports_higher_order_operators = True
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = func._schema.name.removeprefix("aten::")
+        name = func.name().removeprefix("aten::").partition(".")[0]
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         self.kept += results  # memory that is never freed is never used twice
@@ -70,6 +72,8 @@ class AttentionTracer(TorchDispatchMode):
             self._product(inputs[-2:], results[0])
         elif name in _SOFTMAX:
             self._softmax(inputs[0], results[0])
+        elif name == "convolution" and inputs[1].shape[:2].numel() <= MAX_HEADS**2 and inputs[1].shape[2:].numel() == 1:
+            self._follow(inputs[:1], results)  # talking heads, written as a convolution
         elif name.removesuffix("_") in _FOLLOWED:
             self._follow(inputs, results)
         return out
@@ -111,7 +115,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> list[Softmax]:
     """Return every softmax and fused attention that ``model(*args, **kwargs)`` runs, in order."""
     held = [*model.parameters(), *model.buffers()]
     tracer = AttentionTracer({_memory(x) for x in held})
-    with torch.no_grad(), _paths(model, tracer.path), tracer:
+    written_out = mock.patch("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    with torch.no_grad(), written_out, _paths(model, tracer.path), tracer:
         model(*args, **kwargs)
     return tracer.softmaxes
 

@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
 
 from attnrewrite.kernels.diagnostics import error
-from attnrewrite.passes.graph import fastpath, modes
+from attnrewrite.passes.graph import fastpath, flex, modes
 from attnrewrite.passes.graph.nodes import NAME, NUMBER, WEIGHT, is_weight, source_line
 
 Entry = Literal["dynamo", "export"]
@@ -69,8 +69,9 @@ def _body_arguments(node: fx.Node) -> Iterator[tuple[int, fx.GraphModule]]:
 
 def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Capture:
     """Trace a Dynamo graph again into pre-dispatch ATen; placeholders keep their order."""
-    _check_transforms(gm)
     placeholders = gm.graph.find_nodes(op="placeholder")
+    gm = flex.simplified(gm)
+    _check_transforms(gm)
     fakes = [node.meta["example_value"] for node in placeholders]
     mode = _fake_mode(fakes)
     with mode or nullcontext(), preserve_node_meta(), _checkpoints_without_context(gm):
@@ -125,7 +126,10 @@ def _check_transforms(gm: fx.GraphModule) -> None:
     """Refuse vmap, grad and their kin: traced again, what they wrap would become a constant."""
     for node in gm.graph.nodes:
         if str(getattr(node.target, "__module__", "")).startswith("torch._functorch"):
-            raise error("AR107", f"the graph calls {node.target.__name__}", source=source_line(node))
+            masks = ": it makes a block mask for flex_attention" if any(map(flex.is_flex, gm.graph.nodes)) else ""
+            hint = "make the block mask outside of the model" if masks else None
+            detail = f"the graph calls {node.target.__name__}{masks}"
+            raise error("AR107", detail, source=source_line(node), hint=hint)
 
 
 def _fake_mode(values: Sequence[Any]) -> FakeTensorMode | None:
@@ -202,6 +206,7 @@ def _prepare(capture: Capture) -> None:
     The placeholders of bodies are connected to what the outer graphs pass: the arguments behind the body.
     """
     for module in capture.graphs():
+        flex.simplify(module)
         fastpath.expand(module)
         _read_after_write(module.graph)
         for call in module.graph.nodes:

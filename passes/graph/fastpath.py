@@ -1,7 +1,8 @@
-"""torch's encoder fast path: one opaque operator for a whole layer is taken apart, so that its attention can be seen.
+"""One operator that does the work of several is taken apart, so that the attention in it can be seen.
 
-``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call these operators in eval mode without gradients. What
-takes their place is the same layer in ordinary operators, traced.
+``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` call opaque operators in eval mode without gradients:
+torch's encoder fast path. What takes their place is the same layer in ordinary operators, traced. An einsum of more
+than two operands becomes products of two.
 """
 
 from __future__ import annotations
@@ -21,22 +22,24 @@ _SRC_MASK, _PADDING_MASK = 0, 1
 
 
 def expand(module: fx.GraphModule) -> None:
-    """Replace every fast-path operator of ``module`` by ordinary operators."""
+    """Replace every fast-path operator of ``module``, and every long einsum, by ordinary operators."""
     for node in list(module.graph.nodes):
         function = _FUNCTIONS.get(op(node))
-        if function is not None:
+        if function is not None and (op(node) != "einsum" or _is_long(node)):
             _replace(node, function)
 
 
+def _is_long(node: fx.Node) -> bool:
+    inputs, arrow, result = str(node.args[0]).replace(" ", "").partition("->")
+    return bool(arrow) and inputs.count(",") > 1 and (inputs.replace(",", "") + result).isalpha()
+
+
 def _replace(node: fx.Node, function: Callable[..., Any]) -> None:
-    nodes = [x for x in node.args if isinstance(x, fx.Node)]
-    order = {x: n for n, x in enumerate(nodes)}
-    template = [order.get(x) if isinstance(x, fx.Node) else x for x in node.args]
-    given = [isinstance(x, fx.Node) for x in node.args]
+    nodes = node.all_input_nodes
 
     def layer(*values: Tensor) -> Any:
-        args = [values[x] if is_tensor else x for x, is_tensor in zip(template, given, strict=True)]  # type: ignore[index]  # an index where a tensor is
-        return function(*args, **node.kwargs)
+        given = dict(zip(nodes, values, strict=True))
+        return function(*fx.map_arg(node.args, given.__getitem__), **fx.map_arg(node.kwargs, given.__getitem__))
 
     values = [x.meta["val"] for x in nodes]
     mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
@@ -156,7 +159,20 @@ def _encoder_layer(
     return second(x + feed_forward(x))
 
 
+def _einsum(equation: str, operands: list[Tensor], **path: Any) -> Tensor:
+    """Multiply from left to right, as torch does; what neither a later operand nor the result names is summed."""
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    terms, values = inputs.split(","), list(operands)
+    while len(terms) > 2:
+        first, second, *rest = terms
+        kept = "".join(x for x in dict.fromkeys(first + second) if x in "".join(rest) + result)
+        values[:2] = [torch.einsum(f"{first},{second}->{kept}", *values[:2])]
+        terms = [kept, *rest]
+    return torch.einsum(f"{terms[0]},{terms[1]}->{result}", *values)
+
+
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "einsum": _einsum,
     "_native_multi_head_attention": _multi_head_attention,
     "_transformer_encoder_layer_fwd": _encoder_layer,
 }

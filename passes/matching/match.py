@@ -17,6 +17,7 @@ from attnrewrite.passes.attention.softmax import Softmax, softmax_at
 from attnrewrite.passes.graph.axes import AxisError, Dim, Layout, Symbol, broadcast, flat, fresh, symbols
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.graph.constants import constant
+from attnrewrite.passes.graph.flex import is_flex, reason
 from attnrewrite.passes.graph.nodes import argument, common_layer, is_node, op, shape, source_line
 from attnrewrite.passes.masks.classify import MaskReader
 from attnrewrite.passes.matching import scores as score_form
@@ -42,7 +43,7 @@ class Found:
 def anchors(graph: fx.Graph) -> Iterator[tuple[fx.Node, Softmax | None]]:
     """Yield what may be the heart of an attention, in order: softmaxes, and fused operators (with None)."""
     for node in graph.nodes:
-        if op(node) in FUSED:
+        if op(node) in FUSED or is_flex(node):
             yield node, None
         elif (softmax := softmax_at(node)) is not None:
             yield node, softmax
@@ -223,6 +224,8 @@ def _spelling(site: Attention) -> list[str]:
 
 
 def _from_fused(anchor: fx.Node, reader: MaskReader) -> Attention:
+    if is_flex(anchor):
+        raise Reject("AR203", reason(anchor), anchor)
     query, key, value = anchor.args[:3]
     if not (is_node(query) and is_node(key) and is_node(value)):
         raise Reject("AR203", "attention on values that are no tensors", anchor)

@@ -109,11 +109,11 @@ def _from_outside(softmax: Softmax) -> bool:
 
 
 def _mixes_heads(node: fx.Node) -> bool:
-    """Whether ``node`` is a linear map that is small and square: heads may talk through it."""
-    if op(node) != "linear" or not is_node(node.args[1]) or not is_weight(node.args[1]):
+    """Whether ``node`` is a linear map, or a pointwise convolution, small and square: heads may talk through it."""
+    if op(node) not in ("linear", "conv2d") or not is_node(node.args[1]) or not is_weight(node.args[1]):
         return False
-    sizes = shape(node.args[1])
-    return sizes[0] == sizes[1] and isinstance(sizes[0], int) and sizes[0] <= _MAX_HEADS
+    rows, columns, *kernel = shape(node.args[1])
+    return rows == columns and isinstance(rows, int) and rows <= _MAX_HEADS and all(size == 1 for size in kernel)
 
 
 def _is_new(node: fx.Node) -> bool:

@@ -92,6 +92,18 @@ class TalkingHeads(Base):
         return ((self.mixed(weights) if self.behind else weights) @ v).transpose(1, 2).flatten(2)
 
 
+class TalkingWeights(Base):
+    """Heads are mixed after the softmax, by a pointwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.talk = nn.Conv2d(4, 4, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (y(x).unflatten(-1, (4, -1)).transpose(1, 2) for y in (self.q, self.k, self.v))
+        return (self.talk(torch.softmax(q @ k.mT, -1)) @ v).transpose(1, 2).flatten(2)
+
+
 class Chunked(Base):
     """Scores of two chunks are written into one new tensor."""
 
@@ -268,6 +280,7 @@ def test_edges_of_regions_are_seen_alike_at_both_entries(cls: type[nn.Module]) -
         (HeadMask, "AR203"),
         (WrongAxis, "AR203"),
         (TalkingHeads, "AR203"),
+        (TalkingWeights, "AR203"),
         (Chunked, "AR203"),
         (Gated, "AR203"),
         (Relu, "AR203"),
