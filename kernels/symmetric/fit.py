@@ -161,8 +161,8 @@ def _coloured(covariance: Tensor | None, weight: Tensor) -> Tensor:
 
 def _power(covariance: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance.double())
-    powers = values.clamp(min=torch.finfo(torch.float64).tiny).pow(exponent)
-    return (vectors * powers) @ vectors.mT
+    whole: Tensor = (vectors * values.clamp(min=torch.finfo(torch.float64).tiny).pow(exponent)) @ vectors.mT
+    return whole
 
 
 def _positive(weight: Tensor) -> Tensor:
