@@ -62,24 +62,15 @@ def selective_attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
-    check_attention(
-        query,
-        key,
-        value,
-        attn_mask,
-        dropout_p=dropout_p,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        window=window,
-        softcap=softcap,
+    check_selective(
+        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, window, selection_head, gamma, softcap
     )
-    _check_selection(query, key, attn_mask, selection_head, gamma)
     L = query.shape[2]
     seen = visible(L, L, is_causal=is_causal, window=window, attn_mask=attn_mask, device=query.device)
     with full_precision(query.device):
         logits = attention_logits(query, key, attn_mask, scale=scale, softcap=softcap)  # [B, H, L, L]
         penalty, _ = selection_penalty(
-            logits[:, selection_head], _seen_by(seen, selection_head), protect_first=protect_first
+            logits[:, selection_head], seen_by(seen, selection_head), protect_first=protect_first
         )
         weights = masked_softmax(logits - gamma * penalty.unsqueeze(1), seen)
         return weighted_values(weights, value, dropout_p).to(query.dtype)
@@ -119,12 +110,40 @@ def _may_vote(logits: Tensor, seen: Tensor | None, protect_first: bool) -> Tenso
     return seen & ~itself & ~protected.unsqueeze(-2)
 
 
-def _seen_by(seen: Tensor | None, head: int) -> Tensor | None:
+def seen_by(seen: Tensor | None, head: int) -> Tensor | None:
     """Take one head's slice of a mask that broadcasts to ``[B, H, L, L]``."""
     if seen is None:
         return None
     seen = four_dimensional(seen)
     return seen[:, head if seen.shape[1] > 1 else 0]
+
+
+def check_selective(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    enable_gqa: bool,
+    window: int | None,
+    selection_head: int,
+    gamma: float | Tensor,
+    softcap: float | None,
+) -> None:
+    """Raise AR402 unless the arguments of selective attention fit together."""
+    check_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        window=window,
+        softcap=softcap,
+    )
+    _check_selection(query, key, attn_mask, selection_head, gamma)
 
 
 def _check_selection(

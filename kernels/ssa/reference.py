@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,13 +79,11 @@ def ssa_attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
-    check_attention(query, key, value, enable_gqa=enable_gqa)
-    check_shape("query_temperature", query_temperature, "B x H x L", tuple(query.shape[:3]))
-    check_shape("value_temperature", value_temperature, "B x Hkv x S", tuple(value.shape[:3]))
+    check_ssa(query, key, value, query_temperature, value_temperature, enable_gqa=enable_gqa)
     return attention(
-        _scaled(query, query_temperature),
+        scaled(query, query_temperature),
         key,
-        _scaled(value, value_temperature),
+        scaled(value, value_temperature),
         attn_mask,
         dropout_p,
         is_causal,
@@ -94,7 +94,23 @@ def ssa_attention(
     )
 
 
-def _scaled(states: Tensor, factor: Tensor) -> Tensor:
+def check_ssa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_temperature: Tensor,
+    value_temperature: Tensor,
+    attn_mask: Tensor | None = None,
+    **options: Any,
+) -> None:
+    """Raise AR402 unless the arguments of SSA attention fit together."""
+    check_attention(query, key, value, attn_mask, **options)
+    check_shape("query_temperature", query_temperature, "B x H x L", tuple(query.shape[:3]))
+    check_shape("value_temperature", value_temperature, "B x Hkv x S", tuple(value.shape[:3]))
+
+
+def scaled(states: Tensor, factor: Tensor) -> Tensor:
+    """Return ``states`` ``[..., D]`` times one factor per token, multiplied in float32 and rounded once."""
     dtype = accumulation_dtype(states.dtype)
     return (states.to(dtype) * factor.to(dtype).unsqueeze(-1)).to(states.dtype)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from attnrewrite.kernels.selective.reference import selective_attention
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.rules.base import Request
@@ -62,6 +61,8 @@ class SelectiveRule:
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return selective attention with the request's options."""
+        from attnrewrite.kernels.selective.op import selective_attention  # defines an operator, which takes its time
+
         head = int(request.config.get("selection_head", 0))
         protect = bool(request.config.get("protect_first", True))
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from attnrewrite.kernels import strips
+
 
 def _numbers(text):
     return [token for token in re.split(r"[\s\[\]|,]+", text) if token]
@@ -128,3 +130,14 @@ def quick_inductor():
 
     with config.patch({"cpp.vec_isa_ok": True}):
         yield
+
+
+@pytest.fixture
+def in_both_forms(request, monkeypatch):
+    """Put one form of an attention in the place of its dense reference, throughout the test's module.
+
+    ``request.param`` is (name in the module, function, numbers in a strip).
+    """
+    name, function, budget = request.param
+    monkeypatch.setattr(request.module, name, function)
+    monkeypatch.setattr(strips, "BUDGET", budget)

@@ -7,33 +7,52 @@ import torch
 
 import attnrewrite
 from attnrewrite import functional
-from attnrewrite.kernels.sdpa import reference as sdpa
 from attnrewrite.kernels.selective import reference as selective
 from attnrewrite.kernels.ssa import reference as ssa
+from attnrewrite.kernels.symmetric import reference as symmetric
 
 SDPA_ORDER = ["attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "window"]
 
 
-def test_names_are_the_references():
-    assert functional.__all__ == ["attention", "selective_attention", "ssa_attention"]
-    assert functional.attention is sdpa.attention
-    assert functional.selective_attention is selective.selective_attention
-    assert functional.ssa_attention is ssa.ssa_attention
+ATTENTIONS = [name for name in functional.__all__ if name.endswith("attention")]
+
+
+def test_names():
+    assert functional.__all__ == [
+        "attention",
+        "pairwise_query",
+        "selective_attention",
+        "ssa_attention",
+        "symmetric_attention",
+    ]
     assert attnrewrite.functional is functional
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_arguments_follow_torch(name):
     names = list(inspect.signature(getattr(functional, name)).parameters)
     start = names.index("attn_mask")
-    assert names[:3] == ["query", "key", "value"]
+    assert names[:3] == ["shared", "value", "pair"] if name.startswith("symmetric") else ["query", "key", "value"]
     assert names[start : start + len(SDPA_ORDER)] == SDPA_ORDER
 
 
-@pytest.mark.parametrize("name", functional.__all__)
+@pytest.mark.parametrize(
+    ("ours", "dense"),
+    [
+        (functional.selective_attention, selective.selective_attention),
+        (functional.ssa_attention, ssa.ssa_attention),
+        (functional.symmetric_attention, symmetric.symmetric_attention),
+    ],
+)
+def test_operators_take_what_their_references_take(ours, dense):
+    assert inspect.signature(ours) == inspect.signature(dense)
+    assert ours.__doc__ == dense.__doc__
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
 def test_docstring_gives_shapes_and_code(name):
     text = inspect.getdoc(getattr(functional, name))
-    assert all(part in text for part in ("[B, H, L, D]", "Returns:", "Raises:", "AR402"))
+    assert all(part in text for part in ("[B, H, L, Dv]", "Returns:", "Raises:", "AR402"))
 
 
 def test_every_function_runs_on_one_layer():
@@ -41,6 +60,8 @@ def test_every_function_runs_on_one_layer():
     ones = torch.ones(1, 2, 5)
     plain = functional.attention(query, key, value, is_causal=True)
     warm = functional.ssa_attention(query, key, value, ones, ones, is_causal=True)
-    assert torch.equal(warm, plain)
+    torch.testing.assert_close(warm, plain)
     unvoted = functional.selective_attention(query, key, value, gamma=0.0)
     torch.testing.assert_close(unvoted, plain)
+    shared = functional.symmetric_attention(query, value, is_causal=True)
+    torch.testing.assert_close(shared, functional.attention(query, query, value, is_causal=True))

@@ -11,7 +11,23 @@ from hypothesis import strategies as st
 from selective_support import CLOSE, causal, dense_formula, parts
 
 from attnrewrite.kernels.sdpa.reference import attention_logits, eager_attention, masked_softmax
+from attnrewrite.kernels.selective.op import selective_attention as in_strips
 from attnrewrite.kernels.selective.reference import selection_penalty, selective_attention
+from attnrewrite.kernels.ssa.op import ssa_attention as ssa_in_strips
+
+pytestmark = [
+    pytest.mark.usefixtures("in_both_forms"),
+    pytest.mark.parametrize(
+        "in_both_forms",
+        [
+            ("selective_attention", selective_attention, 1 << 22),
+            ("selective_attention", in_strips, 1 << 22),
+            ("selective_attention", in_strips, 60),
+        ],
+        ids=["dense", "one strip", "strips"],
+        indirect=True,
+    ),
+]
 
 
 @st.composite
@@ -27,6 +43,14 @@ def shapes(draw):
         pad=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def plain_attention(query, key, value, **options):
+    """Plain attention, made as the form of selective attention that is tested is made."""
+    if selective_attention is not in_strips:
+        return eager_attention(query, key, value, **options)
+    ones = (torch.ones(x.shape[:3]) for x in (query, value))
+    return ssa_in_strips(query, key, value, *ones, **options)
 
 
 def ordinary_selective(query, key, value):
@@ -50,10 +74,11 @@ class TestExactProperties:
 
     @pytest.mark.parametrize("gamma", [0, 0.0, torch.tensor(0.0)], ids=["int", "float", "tensor"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-    def test_gamma_zero_equals_eager_attention_bit_for_bit(self, random_qkv, gamma, dtype):
+    def test_gamma_zero_equals_plain_attention_bit_for_bit(self, random_qkv, gamma, dtype):
         tensors = random_qkv(2, 4, 2, 19, 8, dtype=dtype)
-        out = selective_attention(*tensors, gamma=gamma, enable_gqa=True, softcap=20.0, window=7)
-        plain = eager_attention(*tensors, is_causal=True, enable_gqa=True, softcap=20.0, window=7)
+        options = {"enable_gqa": True, "softcap": 20.0, "window": 7}
+        out = selective_attention(*tensors, gamma=gamma, **options)
+        plain = plain_attention(*tensors, is_causal=True, **options)
         assert torch.equal(out, plain)
         upstream = torch.randn(out.shape, dtype=torch.float64).to(dtype)
         for ours, theirs in zip(
@@ -183,7 +208,7 @@ class TestExactProperties:
         for head in (0, 5):
             grouped = selective_attention(query, key, value, enable_gqa=True, selection_head=head)
             repeated = [tensor.repeat_interleave(3, dim=1) for tensor in (key, value)]
-            assert torch.equal(grouped, selective_attention(query, *repeated, selection_head=head))
+            torch.testing.assert_close(grouped, selective_attention(query, *repeated, selection_head=head), **CLOSE)
 
     def test_query_without_keys_gives_zero_and_casts_no_vote(self, random_qkv):
         tensors = random_qkv(1, 2, 2, 10, 8)

@@ -9,7 +9,22 @@ import torch.nn.functional as F
 from selective_support import CLOSE, causal, dense_formula, parts
 
 from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax
+from attnrewrite.kernels.selective.op import selective_attention as in_strips
 from attnrewrite.kernels.selective.reference import selection_penalty, selective_attention
+
+pytestmark = [
+    pytest.mark.usefixtures("in_both_forms"),
+    pytest.mark.parametrize(
+        "in_both_forms",
+        [
+            ("selective_attention", selective_attention, 1 << 22),
+            ("selective_attention", in_strips, 1 << 22),
+            ("selective_attention", in_strips, 60),
+        ],
+        ids=["dense", "one strip", "strips"],
+        indirect=True,
+    ),
+]
 
 
 @pytest.fixture

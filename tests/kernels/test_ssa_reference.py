@@ -7,7 +7,22 @@ import pytest
 import torch
 from ssa_support import CLOSE, causal, spikiness_of, weights_and_lse
 
+from attnrewrite.kernels.ssa.op import ssa_attention as in_strips
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
+
+pytestmark = [
+    pytest.mark.usefixtures("in_both_forms"),
+    pytest.mark.parametrize(
+        "in_both_forms",
+        [
+            ("ssa_attention", ssa_attention, 1 << 22),
+            ("ssa_attention", in_strips, 1 << 22),
+            ("ssa_attention", in_strips, 60),
+        ],
+        ids=["dense", "one strip", "strips"],
+        indirect=True,
+    ),
+]
 
 
 def scalar(number):

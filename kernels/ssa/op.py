@@ -1,0 +1,157 @@
+"""The operator ``attnrewrite::ssa_attention``: strips of queries, closed-form backward.
+
+It is plain attention of q' = τ_q q, k and v' = τ_v v, and its gradients are those of that attention, taken through the
+two products: dq = τ_q dq', dτ_q = dq'·q, dv = τ_v dv', dτ_v = dv'·v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils.flop_counter
+from torch import Tensor
+
+from attnrewrite.kernels import strips
+from attnrewrite.kernels.ssa import reference
+from attnrewrite.kernels.ssa.reference import check_ssa, scaled
+from attnrewrite.kernels.visibility import full_precision
+
+
+def ssa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_temperature: Tensor,
+    value_temperature: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Compute ``reference.ssa_attention`` in strips, with a closed-form backward."""
+    check_ssa(
+        query,
+        key,
+        value,
+        query_temperature,
+        value_temperature,
+        attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        window=window,
+        softcap=softcap,
+    )
+    numbers = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal, window, softcap)
+    seed = strips.draw_seed(query, dropout_p)
+    out: Tensor = _forward(query, key, value, query_temperature, value_temperature, attn_mask, seed, *numbers)
+    return out
+
+
+ssa_attention.__doc__ = reference.ssa_attention.__doc__
+
+
+@torch.library.custom_op("attnrewrite::ssa_attention", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_temperature: Tensor,
+    value_temperature: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    with full_precision(query.device):
+        return strips.forward(scaled(query, query_temperature), key, scaled(value, value_temperature), attn_mask, how)
+
+
+@_forward.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[3])
+
+
+@torch.library.custom_op("attnrewrite::ssa_attention_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_temperature: Tensor,
+    value_temperature: Tensor,
+    out: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by the five tensors and the bias; an empty one where there is no bias."""
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    with full_precision(query.device):
+        q, v = scaled(query, query_temperature), scaled(value, value_temperature)
+        found = strips.backward(upstream, q, key, v, out, attn_mask, how, bias_needs_grad)
+        by_query, by_warmth = _through_product(found.query, query, query_temperature)
+        by_value, by_gain = _through_product(found.value, value, value_temperature)
+    bias = query.new_empty(0) if found.bias is None or attn_mask is None else found.bias.to(attn_mask.dtype)
+    return by_query, found.key.to(key.dtype), by_value, by_warmth, by_gain, bias
+
+
+@_backward.register_fake
+def _(
+    upstream: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_temperature: Tensor,
+    value_temperature: Tensor,
+    out: Tensor,
+    attn_mask: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, q_tau, v_tau = (torch.empty_like(x) for x in (query, key, value, query_temperature, value_temperature))
+    bias = query.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
+    return q, k, v, q_tau, v_tau, bias
+
+
+def _through_product(upstream: Tensor, states: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by both factors of ``states * factor``."""
+    by_states = (upstream * factor.to(upstream.dtype).unsqueeze(-1)).to(states.dtype)
+    return by_states, (upstream * states.to(upstream.dtype)).sum(-1).to(factor.dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, attn_mask, seed = inputs[:7]
+    ctx.numbers = inputs[7:]
+    ctx.save_for_backward(*tensors, output, attn_mask, seed)
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    wants_bias = ctx.needs_input_grad[5]
+    *found, by_bias = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, wants_bias)
+    return *found, by_bias if wants_bias else None, *(None for _ in range(6))
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.ssa_attention)
+def _flops(query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
+    return strips.flops(query[0], query[1], query[2], key[2], query[3] + value[3])
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.ssa_attention_backward)
+def _backward_flops(upstream: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
+    return strips.flops(query[0], query[1], query[2], key[2], 3 * query[3] + 2 * value[3])

@@ -1,0 +1,166 @@
+"""The operator ``attnrewrite::symmetric_attention``: strips of queries, closed-form backward.
+
+With P the weights, dP = dO Vᵀ and dS = scale P (dP - rowsum(dO O)), the gradients are those of plain attention of
+q = r S and k = r, brought back to the one tensor they came from:
+
+    dr = dq Sᵀ + dk      dS_h = Σ_b rᵀ dq      and where S = I: dr = (dS + dSᵀ) r
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils.flop_counter
+from torch import Tensor
+
+from attnrewrite.kernels import strips
+from attnrewrite.kernels.symmetric import reference
+from attnrewrite.kernels.symmetric.reference import check_symmetric, pairwise_query
+from attnrewrite.kernels.visibility import full_precision
+
+
+def symmetric_attention(
+    shared: Tensor,
+    value: Tensor,
+    pair: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    *,
+    softcap: float | None = None,
+    mask_self: bool = False,
+) -> Tensor:
+    """Compute ``reference.symmetric_attention`` in strips, with a closed-form backward."""
+    check_symmetric(shared, value, pair, attn_mask, dropout_p, is_causal, enable_gqa, window=window, softcap=softcap)
+    factor = shared.shape[-1] ** -0.5 if scale is None else scale
+    seed = strips.draw_seed(shared, dropout_p)
+    out: Tensor = _forward(
+        shared, value, pair, attn_mask, seed, factor, dropout_p, is_causal, window, softcap, mask_self
+    )
+    return out
+
+
+symmetric_attention.__doc__ = reference.symmetric_attention.__doc__
+
+
+@torch.library.custom_op("attnrewrite::symmetric_attention", mutates_args=())
+def _forward(
+    shared: Tensor,
+    value: Tensor,
+    pair: Tensor | None,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    mask_self: bool,
+) -> Tensor:
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, mask_self)
+    query = shared if pair is None else pairwise_query(shared, pair)
+    with full_precision(shared.device):
+        return strips.forward(query, shared, value, attn_mask, how)
+
+
+@_forward.register_fake
+def _(shared: Tensor, value: Tensor, pair: Tensor | None, *rest: object) -> Tensor:
+    heads = shared.shape[1] if pair is None else pair.shape[0]
+    return shared.new_empty(shared.shape[0], heads, shared.shape[2], value.shape[3])
+
+
+@torch.library.custom_op("attnrewrite::symmetric_attention_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    shared: Tensor,
+    value: Tensor,
+    pair: Tensor | None,
+    out: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    mask_self: bool,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by shared, value, pair and bias; empty ones for those that there are not."""
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, mask_self)
+    query = shared if pair is None else pairwise_query(shared, pair)
+    with full_precision(shared.device):
+        found = strips.backward(upstream, query, shared, value, out, attn_mask, how, bias_needs_grad)
+        if pair is None:
+            by_shared, by_pair = found.query + found.key, shared.new_empty(0)
+        else:
+            by_query, by_pair = _through_pair(found.query, shared, pair)
+            by_shared = by_query + found.key
+    bias = shared.new_empty(0) if found.bias is None or attn_mask is None else found.bias.to(attn_mask.dtype)
+    return by_shared.to(shared.dtype), found.value.to(value.dtype), by_pair, bias
+
+
+@_backward.register_fake
+def _(
+    upstream: Tensor,
+    shared: Tensor,
+    value: Tensor,
+    pair: Tensor | None,
+    out: Tensor,
+    attn_mask: Tensor | None,
+    *rest: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    by_pair = shared.new_empty(0) if pair is None else torch.empty_like(pair)
+    bias = shared.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
+    return torch.empty_like(shared), torch.empty_like(value), by_pair, bias
+
+
+def _through_pair(by_query: Tensor, shared: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what reaches r and S through the queries ``r S``."""
+    B, Hkv, L, D = shared.shape
+    by_query = by_query.view(B, Hkv, -1, L, D)  # [B, Hkv, G, L, D]
+    grouped = pair.to(by_query.dtype).view(Hkv, -1, D, D)
+    by_shared = (by_query @ grouped.mT).sum(2)
+    by_pair = (shared.to(by_query.dtype).unsqueeze(2).mT @ by_query).sum(0)  # [Hkv, G, D, D]
+    return by_shared, by_pair.view_as(pair).to(pair.dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    shared, value, pair, attn_mask, seed, *ctx.numbers = inputs
+    ctx.save_for_backward(shared, value, pair, output, attn_mask, seed)
+
+
+def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    shared, value, pair, out, attn_mask, seed = ctx.saved_tensors
+    wants_bias = ctx.needs_input_grad[3]
+    by_shared, by_value, by_pair, by_bias = _backward(
+        upstream, shared, value, pair, out, attn_mask, seed, *ctx.numbers, wants_bias
+    )
+    return (
+        by_shared,
+        by_value,
+        None if pair is None else by_pair,
+        by_bias if wants_bias else None,
+        *(None for _ in range(7)),
+    )
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.symmetric_attention)
+def _flops(shared: Any, value: Any, pair: Any, *rest: Any, **_: Any) -> int:
+    H = shared[1] if pair is None else pair[0]
+    products = strips.flops(shared[0], H, shared[2], shared[2], shared[3] + value[3])
+    return products + (0 if pair is None else 2 * shared[0] * H * shared[2] * shared[3] ** 2)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.symmetric_attention_backward)
+def _backward_flops(upstream: Any, shared: Any, value: Any, pair: Any, *rest: Any, **_: Any) -> int:
+    H = upstream[1]
+    products = strips.flops(shared[0], H, shared[2], shared[2], 3 * shared[3] + 2 * value[3])
+    return products + (0 if pair is None else 6 * shared[0] * H * shared[2] * shared[3] ** 2)
