@@ -18,7 +18,7 @@ from attnrewrite.kernels.sea.pooling import (
 )
 from attnrewrite.kernels.sea.selection import Pairs, selected_pairs
 from attnrewrite.kernels.sea.slices import Rows, Rule, visible_rows
-from attnrewrite.kernels.visibility import accumulation_dtype, four_dimensional, full_precision, repeat_kv
+from attnrewrite.kernels.visibility import accumulation_dtype, full_precision, repeat_kv
 
 
 class Gradients(NamedTuple):
@@ -75,9 +75,9 @@ def sea_gradients(
         query.shape[2], key.shape[2], is_causal=is_causal, window=window, padding=padding, device=query.device
     )
     with full_precision(query.device):
-        s, x = (_factor(tensor, query, dtype) for tensor in (scale_prob, mix))  # [B, H, L]
-        grad = torch.where((rows.count > 0)[:, None, :, None], grad.to(dtype), 0.0)
-        inputs = (query.to(dtype), key.to(dtype), value.to(dtype))
+        s, x = (rows.blank(_factor(tensor, query, dtype)) for tensor in (scale_prob, mix))  # [B, H, L]
+        grad, estimated = rows.blank(grad.to(dtype)), rows.blank(estimated)
+        inputs = (rows.blank(query.to(dtype)), key.to(dtype), value.to(dtype))
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         d_query, d_key, d_value, d_bias, E = _sparse_gradients(
             grad, *inputs, estimated, rows, rule, bias, factor, s * x

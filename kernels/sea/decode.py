@@ -87,8 +87,7 @@ def sea_decode(
     )
     with full_precision(query.device):
         dtype = accumulation_dtype(query.dtype)
-        before = value.new_zeros((), dtype=dtype).expand(*value.shape[:2], value.shape[-1])
-        before = before if state is None else state.values
+        before = torch.zeros_like(value[:, :, 0], dtype=dtype) if state is None else state.values
         real = rows.real[:, None, S - T :, None]
         values = before + fresh.to(dtype).masked_fill(~real, 0.0).sum(2)
         sparse = sparse_attention(query, key, value, estimate.estimated, rows, rule, bias=bias, scale=scale)

@@ -138,7 +138,8 @@ def _student(estimated: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor,
     # A row without keys gets widths of 1, so that nothing in it is NaN, not even in backward.
     W = torch.where(seen.unsqueeze(-1), widths.unsqueeze(1), 1).to(logits.dtype)
     lse = torch.logsumexp(logits + W.log(), dim=-1, keepdim=True)
-    return logits, torch.where(W > 0, torch.exp(logits - lse), 0.0), lse.squeeze(-1), W, seen
+    share = torch.where(W > 0, logits - lse, float("-inf")).exp()
+    return logits, share, lse.squeeze(-1), W, seen
 
 
 def _columns(rows: Rows, part: slice, M: int) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,8 @@ def sparse_attention(
     The queries may be the last L of S positions.
     """
     dtype = accumulation_dtype(query.dtype)
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = rows.blank(query.to(dtype)), key.to(dtype), value.to(dtype)
+    estimated = rows.blank(estimated)
     H, factor = query.shape[1], query.shape[-1] ** -0.5 if scale is None else scale
     parts = []
     for part, pairs in selected_pairs(estimated, rows, rule, max(key.shape[-1], value.shape[-1])):
@@ -139,15 +140,18 @@ def sparse_attention(
 
 def mixed(sparse: Tensor, pooled: Tensor | None, rows: Rows, scale_prob: Tensor | None, mix: Tensor | None) -> Tensor:
     """Return mix scale_prob sparse + (1 - mix) pooled, and exactly 0 for queries that see no key."""
-    out = sparse if scale_prob is None else sparse * scale_prob.to(sparse.dtype).unsqueeze(-1)
+    size = sparse.shape[:3]
+    out = sparse
+    if scale_prob is not None:
+        out = out * rows.blank(scale_prob.to(sparse.dtype).expand(size)).unsqueeze(-1)
     if mix is not None and pooled is not None:
-        share = mix.to(sparse.dtype).unsqueeze(-1)
+        share = rows.blank(mix.to(sparse.dtype).expand(size)).unsqueeze(-1)
         out = share * out + (1 - share) * repeat_kv(pooled, sparse.shape[1])
     return torch.where((rows.count > 0)[:, None, :, None], out, 0.0)
 
 
 def _estimate_mean(value: Tensor, estimated: Tensor, rows: Rows) -> Tensor:
-    probabilities = torch.softmax(estimated.to(value.dtype), dim=-1)
+    probabilities = torch.softmax(rows.blank(estimated).to(value.dtype), dim=-1)
     return estimate_mean(value, estimate_pool(probabilities, rows))
 
 

@@ -38,6 +38,13 @@ class Rows:
             least, most = min(least, self.window), min(most, self.window)
         return (1 if self.padded else least), most
 
+    def blank(self, states: Tensor) -> Tensor:
+        """Set what padding queries hold, ``[B, H, L]`` or ``[B, H, L, D]``, to 0: it may be NaN."""
+        if not self.padded:
+            return states
+        blind = (self.count == 0).unsqueeze(1)
+        return states.masked_fill(blind if states.dim() == 3 else blind.unsqueeze(-1), 0.0)
+
 
 class Rule(NamedTuple):
     """How many slices are kept, and which of them compete."""
