@@ -10,7 +10,7 @@ from attnrewrite.kernels.sea.cnn import Affine, CausalCnn, Cnn
 from attnrewrite.kernels.sea.estimator import Estimator
 from attnrewrite.kernels.sea.linear import draw_features
 from attnrewrite.kernels.sea.selection import selected_pairs
-from attnrewrite.kernels.sea.slices import Rule, visible_rows
+from attnrewrite.kernels.sea.slices import visible_rows
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnrewrite.kernels.visibility import accumulation_dtype
+
 _REACH = 4  # rows above that a 3 x 3 kernel of dilation 2 sees
 
 
@@ -50,7 +52,7 @@ def causal_cnn(
         above: the last 4 rows before these, as the first and as the second convolution sees them; None for none.
 
     Returns:
-        Logits ``[B, H, T, M]``, and the rows to go on from.
+        Logits ``[B, H, T, M]`` in float32 (float64), and the rows to go on from.
     """
     M = cnn.out_norm.weight.shape[0]
     padding = ~real[:, None, :, None]
@@ -59,7 +61,9 @@ def causal_cnn(
     rows, outer = _dilated(rows, cnn.first, outer)
     rows, inner = _dilated(rows.masked_fill(padding, 0.0), cnn.second, inner)
     wide = rows.repeat_interleave(M // rows.shape[-1], dim=-1)
-    return _normed(F.conv2d(wide, *cnn.last), cnn.out_norm), (outer, inner)
+    logits = F.conv2d(wide, *cnn.last)
+    logits = logits.to(accumulation_dtype(logits.dtype))  # 16-bit logits tie often
+    return _normed(logits, cnn.out_norm), (outer, inner)
 
 
 def bidirectional_cnn(rows: Tensor, cnn: Cnn, M: int, real: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ def bidirectional_cnn(rows: Tensor, cnn: Cnn, M: int, real: Tensor) -> Tensor:
         real: boolean ``[B or 1, L]``, False at padding.
 
     Returns:
-        Logits ``[B, H, L, M]``; those of padding rows mean nothing.
+        Logits ``[B, H, L, M]`` in float32 (float64); those of padding rows mean nothing.
     """
     B, _, L, _ = rows.shape
     real = real.expand(B, L)
@@ -87,6 +91,7 @@ def bidirectional_cnn(rows: Tensor, cnn: Cnn, M: int, real: Tensor) -> Tensor:
     rows = F.relu(F.conv2d(_above(rows, halves), *cnn.second, padding=1))
     rows = rows.repeat_interleave(2, dim=2)
     rows = F.conv2d(_above(rows, 2 * halves), *cnn.last, padding=1)
+    rows = rows.to(accumulation_dtype(rows.dtype))
     rows = F.interpolate(rows, size=(rows.shape[2], M), mode="bilinear")
     rank = (real.long().cumsum(-1) - 1).clamp(min=0)
     return _resized(rows, 2 * halves, n, rank)
@@ -94,7 +99,7 @@ def bidirectional_cnn(rows: Tensor, cnn: Cnn, M: int, real: Tensor) -> Tensor:
 
 def _resized(rows: Tensor, have: Tensor, want: Tensor, rank: Tensor) -> Tensor:
     """Sample ``have`` rows at ``want`` places, linearly, and take the places of each rank, ``[B, L]``."""
-    ratio = (have / want.clamp(min=1)).unsqueeze(-1).to(rows.dtype)
+    ratio = (have.to(rows.dtype) / want.clamp(min=1)).unsqueeze(-1)
     at = ((rank + 0.5) * ratio - 0.5).clamp(min=0)
     low = at.floor().long()
     high = torch.minimum(low + 1, (have - 1).clamp(min=0).unsqueeze(-1))
@@ -122,4 +127,5 @@ def _dilated(rows: Tensor, layer: Affine, above: Tensor | None) -> tuple[Tensor,
 
 
 def _normed(rows: Tensor, norm: Affine) -> Tensor:
-    return F.layer_norm(rows, norm.weight.shape, *norm)
+    weight, bias = (tensor.to(rows.dtype) for tensor in norm)
+    return F.layer_norm(rows, weight.shape, weight, bias)

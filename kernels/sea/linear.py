@@ -56,10 +56,10 @@ def positive_features(states: Tensor, features: Tensor, shared: bool, real: Tens
     """
     y = _projected(states, features)
     if shared:
-        largest = y.detach().masked_fill(_padding(real, y), float("-inf")).amax((-2, -1), keepdim=True)
+        largest = y.masked_fill(_padding(real, y), float("-inf")).amax((-2, -1), keepdim=True)
         largest = torch.where(largest == float("-inf"), 0.0, largest)  # nothing but padding
     else:
-        largest = y.detach().amax(-1, keepdim=True)
+        largest = y.amax(-1, keepdim=True)
     half = states.to(y.dtype).square().sum(-1, keepdim=True) / (2 * math.sqrt(states.shape[-1]))
     return (torch.exp(y - half - largest) + 1e-4) * features.shape[0] ** -0.5
 

@@ -8,6 +8,7 @@ import torch
 import attnrewrite
 from attnrewrite import functional
 from attnrewrite.kernels.sdpa import reference as sdpa
+from attnrewrite.kernels.sea import reference as sea
 from attnrewrite.kernels.selective import reference as selective
 from attnrewrite.kernels.ssa import reference as ssa
 
@@ -15,8 +16,9 @@ SDPA_ORDER = ["attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "win
 
 
 def test_names_are_the_references():
-    assert functional.__all__ == ["attention", "selective_attention", "ssa_attention"]
+    assert functional.__all__ == ["attention", "sea_attention", "selective_attention", "ssa_attention"]
     assert functional.attention is sdpa.attention
+    assert functional.sea_attention is sea.sea_attention
     assert functional.selective_attention is selective.selective_attention
     assert functional.ssa_attention is ssa.ssa_attention
     assert attnrewrite.functional is functional
@@ -44,3 +46,5 @@ def test_every_function_runs_on_one_layer():
     assert torch.equal(warm, plain)
     unvoted = functional.selective_attention(query, key, value, gamma=0.0)
     torch.testing.assert_close(unvoted, plain)
+    whole = functional.sea_attention(query, key, value, torch.randn(1, 2, 5, 3), is_causal=True, budget=5)
+    torch.testing.assert_close(whole, plain)
