@@ -35,8 +35,9 @@ def draw_features(F: int, D: int, *, seed: int = 0) -> Tensor:
         rows, corner = torch.linalg.qr(drawn)
         # The signs that make the factorisation unique.
         blocks.append((rows * corner.diagonal().sign()).T)
-    norms = torch.randn(F, D, generator=source, dtype=torch.float64).norm(dim=-1, keepdim=True)
-    return (torch.cat(blocks)[:F] * norms).float()
+    norms: Tensor = torch.randn(F, D, generator=source, dtype=torch.float64).norm(dim=-1, keepdim=True)
+    features: Tensor = torch.cat(blocks)[:F] * norms
+    return features.float()
 
 
 def relu_features(states: Tensor, features: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def positive_features(states: Tensor, features: Tensor, shared: bool, real: Tens
     else:
         largest = y.amax(-1, keepdim=True)
     half = states.to(y.dtype).square().sum(-1, keepdim=True) / (2 * math.sqrt(states.shape[-1]))
-    return (torch.exp(y - half - largest) + 1e-4) * features.shape[0] ** -0.5
+    return (torch.exp(y - half - largest) + 1e-4) / math.sqrt(features.shape[0])
 
 
 def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def prefix_linear_attention(
 
 def _projected(states: Tensor, features: Tensor) -> Tensor:
     dtype = accumulation_dtype(states.dtype)
-    return states.to(dtype) @ features.to(dtype).T * states.shape[-1] ** -0.25
+    return states.to(dtype) @ features.to(dtype).T / math.sqrt(math.sqrt(states.shape[-1]))
 
 
 def _grouped(query: Tensor, Hkv: int) -> Tensor:

@@ -160,7 +160,7 @@ def _pairs(query: tuple[int, ...], is_causal: bool, window: int | None, budget: 
     return B * H * (full * kept + short * (short + 1) // 2)
 
 
-@register_flop_formula(torch.ops.attnrewrite.sea_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.attnrewrite.sea_attention)
 def _forward_flops(
     query: tuple[int, ...],
     key: tuple[int, ...],
@@ -178,7 +178,7 @@ def _forward_flops(
     return _pairs(query, is_causal, window, budget) * 2 * (query[-1] + value[-1])
 
 
-@register_flop_formula(torch.ops.attnrewrite.sea_attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.attnrewrite.sea_attention_backward)
 def _backward_flops(
     grad: tuple[int, ...],
     query: tuple[int, ...],
