@@ -9,6 +9,7 @@ import torch
 from attnrewrite.kernels.sea.cnn import Affine, CausalCnn, Cnn
 from attnrewrite.kernels.sea.estimator import Estimator
 from attnrewrite.kernels.sea.linear import draw_features
+from attnrewrite.kernels.sea.reference import sea_attention
 from attnrewrite.kernels.sea.selection import selected_pairs
 from attnrewrite.kernels.sea.slices import visible_rows
 
@@ -104,6 +105,13 @@ def draw_tensors(B, H, Hkv, L, D, M, *, Dv=None, dtype=torch.float64, seed=0):
     drawn[3] = 2 * drawn[3]
     drawn[4:] = [tensor.sigmoid() for tensor in drawn[4:]]
     return [tensor.to(dtype).requires_grad_() for tensor in drawn]
+
+
+def run(tensors, **options):
+    """Causal attention to 3 keys per query and head, unless told otherwise."""
+    query, key, value, estimated, scale_prob, mix = tensors
+    options = {"is_causal": True, "enable_gqa": True, "budget": 3} | options
+    return sea_attention(query, key, value, estimated, scale_prob=scale_prob, mix=mix, **options)
 
 
 def draw_estimator(H, D, M, *, is_causal, Dv=None, shrink=2, channels=2, F=5, table=64, dtype=torch.float64, seed=0):

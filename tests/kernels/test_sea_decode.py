@@ -62,6 +62,25 @@ def test_left_padding(table):
     torch.testing.assert_close(out[1:, :, 6:], alone, **CLOSE)
 
 
+@pytest.mark.parametrize("keys_only", [True, False])
+def test_bias(keys_only):
+    estimator = draw_estimator(2, 4, 8, is_causal=True)
+    tensors = [t.detach() for t in draw_tensors(1, 2, 2, 9, 4, 8)[:3]]
+    bias = torch.randn(1, 2, 9, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bias = bias[:, :1, :1] if keys_only else bias
+    estimate, _ = causal_estimate(*tensors, estimator)
+    factors = {"scale_prob": estimate.scale_prob, "mix": estimate.mix}
+    expected = sea_attention(*tensors, estimate.estimated, bias, is_causal=True, **factors, **OPTIONS)
+    state, start = None, 0
+    for size in (4, 1, 3, 1):
+        end = start + size
+        rows = bias[..., :end] if keys_only else bias[:, :, start:end, :end]
+        given = (tensors[0][:, :, start:end], *(t[:, :, :end] for t in tensors[1:]))
+        out, state = sea_decode(*given, estimator, state, rows, **OPTIONS)
+        torch.testing.assert_close(out, expected[:, :, start:end], **CLOSE)
+        start = end
+
+
 @pytest.mark.parametrize("window", [1, 4, 30])
 def test_window(window):
     estimator = draw_estimator(2, 4, 8, is_causal=True)

@@ -18,7 +18,7 @@ from sea_support import (
 )
 
 from attnrewrite.kernels.sea.reference import sea_attention
-from attnrewrite.kernels.sea.slices import Rule, boundaries, slice_of, slices_kept
+from attnrewrite.kernels.sea.slices import Rule, boundaries, most_kept, most_tokens, slice_of, slices_kept
 
 BOUNDARIES = """
 [0 0 1 1 1] [0 1 1 2 2] [0 1 2 2 3] [0 1 2 3 4] [0 1 3 4 5] [0 2 3 5 6] [0 2 4 5 7] [0 2 4 6 8]
@@ -125,6 +125,22 @@ class TestSlices:
         for n in range(1, 80):
             rank, edges = torch.arange(n), boundaries(torch.tensor(n), M)
             assert torch.equal(slice_of(rank, torch.tensor(n), M), torch.searchsorted(edges[1:], rank, right=True))
+
+    @pytest.mark.parametrize("rule", ["exact", "paper"])
+    @pytest.mark.parametrize(("heads", "M", "budget"), [(1, 1, 3), (1, 7, 1), (3, 5, 4), (2, 16, 5), (4, 3, 40)])
+    def test_slots_hold_whatever_is_kept(self, rule, heads, M, budget):
+        """Even if the widest slices of all heads are the best ones."""
+        n, chosen_by = torch.arange(1, 400), Rule(budget, rule)
+        kept = slices_kept(n, heads, M, chosen_by)
+        widths = boundaries(n, M).diff(dim=-1).clamp(max=budget).repeat(1, heads).sort(-1, descending=True).values
+        tokens = widths.cumsum(-1).gather(-1, kept.unsqueeze(-1) - 1).squeeze(-1)
+        for i in range(len(n)):
+            assert kept[i] <= most_kept(i + 1, i + 1, heads, M, chosen_by)
+            assert tokens[i] <= most_tokens(i + 1, i + 1, heads, M, chosen_by)
+            assert kept[: i + 1].max() <= most_kept(1, i + 1, heads, M, chosen_by)
+            assert tokens[: i + 1].max() <= most_tokens(1, i + 1, heads, M, chosen_by)
+            assert tokens[i:].max() <= most_tokens(i + 1, 399, heads, M, chosen_by)
+        assert most_tokens(1, 10**6, heads, M, chosen_by) <= 3 * heads * max(budget, M)
 
     def test_large_numbers(self):
         edges = boundaries(torch.tensor(10**9), 4096)
