@@ -77,7 +77,7 @@ def sea_gradients(
     with full_precision(query.device):
         s, x = (rows.blank(_factor(tensor, query, dtype)) for tensor in (scale_prob, mix))  # [B, H, L]
         grad, estimated = rows.blank(grad.to(dtype)), rows.blank(estimated)
-        inputs = (rows.blank(query.to(dtype)), key.to(dtype), value.to(dtype))
+        inputs = (query.to(dtype), key.to(dtype), value.to(dtype))
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         d_query, d_key, d_value, d_bias, E = _sparse_gradients(
             grad, *inputs, estimated, rows, rule, bias, factor, s * x

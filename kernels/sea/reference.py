@@ -123,7 +123,7 @@ def sparse_attention(
     The queries may be the last L of S positions.
     """
     dtype = accumulation_dtype(query.dtype)
-    query, key, value = rows.blank(query.to(dtype)), key.to(dtype), value.to(dtype)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     estimated = rows.blank(estimated)
     H, factor = query.shape[1], query.shape[-1] ** -0.5 if scale is None else scale
     parts = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sea_support import CLOSE, draw_tensors
+from sea_support import CLOSE, draw_tensors, selected_sets
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +16,7 @@ from attnrewrite.kernels.diagnostics import LoweringError
 from attnrewrite.kernels.sea import slices
 from attnrewrite.kernels.sea.op import sea_attention as operator
 from attnrewrite.kernels.sea.reference import sea_attention
+from attnrewrite.kernels.sea.slices import Rule
 
 
 @st.composite
@@ -142,6 +143,21 @@ class TestGradients:
         out = operator(*as_operator(*garbage, is_causal=is_causal))
         grads = torch.autograd.grad(out.square().sum(), leaves)
         assert all(grad.isfinite().all() for grad in grads)
+
+    @pytest.mark.parametrize("row", [6, 11])
+    def test_nan_of_a_query_reaches_its_own_keys_alone(self, row):
+        query, key, value, estimated, *_ = (t.detach() for t in draw_tensors(1, 2, 2, 12, 4, 4))
+        keys = selected_sets(estimated, Rule(2), is_causal=True)[0][row]
+        query[0, 0, row] = float("nan")
+        bias = torch.zeros(2, 12, 12, dtype=torch.float64)
+        leaves = [t.requires_grad_() for t in (query, key, value, bias)]
+        for run in (as_reference, lambda *inputs, **options: operator(*as_operator(*inputs, **options))):
+            out = run(query, key, value, estimated, bias, None, None, budget=2)
+            d_query, d_key, d_value, d_bias = torch.autograd.grad(out.square().sum(), leaves)
+            assert d_query.isnan().any(-1)[0].nonzero().tolist() == ([[0, row]] if keys else [])
+            for grad in (d_key, d_value):
+                assert set(grad.isnan().any(-1)[0, 0].nonzero().flatten().tolist()) == keys
+            assert d_bias.isnan().nonzero().tolist() == [[0, row, j] for j in sorted(keys)]
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_low_precision_is_no_worse_than_autograd(self, assert_no_worse, dtype):

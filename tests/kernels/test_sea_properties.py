@@ -217,15 +217,22 @@ class TestEmptyAndBroken:
         mean = value.cumsum(2) / torch.arange(1, 13)[:, None]
         torch.testing.assert_close(mixed[:, 1, empty], ((1 - mix)[..., None] * mean)[:, 1, empty], **CLOSE)
 
-    def test_nan_reaches_the_rows_that_select_it_and_no_other(self):
-        tensors = draw_tensors(1, 2, 2, 12, 4, 4)
+    @pytest.mark.parametrize("position", [0, 5])
+    @pytest.mark.parametrize("at", [1, 2], ids=["key", "value"])
+    def test_nan_reaches_the_rows_that_select_it_and_no_other(self, at, position):
+        tensors = [t.detach().clone() for t in draw_tensors(1, 2, 2, 12, 4, 4)]
         sets = selected_sets(tensors[3], Rule(2), is_causal=True)
-        for at in (1, 2):
-            broken = [t.detach().clone() for t in tensors]
-            broken[at][0, :, 5] = math.nan
-            out = sea_attention(*broken[:4], is_causal=True, budget=2)
-            for h in range(2):
-                assert [bool(row.isnan().any()) for row in out[0, h]] == [5 in keys for keys in sets[h]]
+        tensors[at][0, :, position] = math.nan
+        out = sea_attention(*tensors[:4], is_causal=True, budget=2)
+        for h in range(2):
+            assert [bool(row.isnan().any()) for row in out[0, h]] == [position in keys for keys in sets[h]]
+
+    def test_large_logits(self):
+        query, key, value, estimated, *_ = (t.detach() for t in draw_tensors(1, 2, 2, 12, 4, 4))
+        sets = chosen(estimated[0], visible_keys(12), budget=3)
+        for scale in (1e4, -1e4):
+            out = sea_attention(query, key, value, estimated, is_causal=True, budget=3, scale=scale)
+            torch.testing.assert_close(out[0], attended(query[0], key[0], value[0], sets, scale=scale), **CLOSE)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     @pytest.mark.parametrize("grouping", ["causal_per_batch", "per_query"])
