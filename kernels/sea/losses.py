@@ -62,10 +62,10 @@ def teacher_statistics(
     B, H, L, _ = query.shape
     padding, bias = key_padding(attn_mask, L)
     rows = visible_rows(L, L, is_causal=is_causal, window=window, padding=padding, device=query.device)
-    step = max(1, _CHUNK // (B * H * L))
+    step = max(1, _CHUNK // max(1, B * H * L))
     found = []
     with torch.no_grad(), full_precision(query.device):
-        for start in range(0, L, step):
+        for start in range(0, max(L, 1), step):
             part = slice(start, start + step)
             near = bias if bias is None or bias.shape[2] == 1 else bias[:, :, part]
             logits = attention_logits(query[:, :, part], key, near, scale=scale)  # [B, H, R, L]

@@ -34,8 +34,8 @@ def selected_pairs(estimated: Tensor, rows: Rows, rule: Rule, width: int) -> Ite
     """
     B, H, L, M = estimated.shape
     slots = _slots(*rows.extent(0, L), H, M, rule)
-    step = max(1, _CHUNK // (B * max(slots * width, H * M)))
-    for start in range(0, L, step):
+    step = max(1, _CHUNK // max(1, B * max(slots * width, H * M)))
+    for start in range(0, max(L, 1), step):
         part = slice(start, min(start + step, L))
         yield part, _select(estimated[:, :, part], rows, part, rule)
 

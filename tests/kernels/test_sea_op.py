@@ -144,6 +144,16 @@ class TestGradients:
         grads = torch.autograd.grad(out.square().sum(), leaves)
         assert all(grad.isfinite().all() for grad in grads)
 
+    @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+    @pytest.mark.parametrize("empty", ["batch", "length"])
+    def test_empty_tensors(self, is_causal, empty):
+        tensors = draw_tensors(*((0, 2, 2, 5) if empty == "batch" else (2, 2, 2, 0)), 4, 3)
+        for run in (as_reference, lambda *inputs, **options: operator(*as_operator(*inputs, **options))):
+            out = run(*tensors[:4], None, *tensors[4:], is_causal=is_causal)
+            assert out.shape == tensors[2].shape
+            grads = torch.autograd.grad(out.sum(), tensors[:3], allow_unused=True)
+            assert all(grad is None or grad.shape == t.shape for grad, t in zip(grads, tensors, strict=False))
+
     @pytest.mark.parametrize("row", [6, 11])
     def test_nan_of_a_query_reaches_its_own_keys_alone(self, row):
         query, key, value, estimated, *_ = (t.detach() for t in draw_tensors(1, 2, 2, 12, 4, 4))
