@@ -157,7 +157,8 @@ def _estimate_mean(value: Tensor, estimated: Tensor, rows: Rows) -> Tensor:
 
 def _unknown(estimated: Tensor, rule: Rule) -> Tensor:
     """Return NaN for rows whose estimate is no distribution, else 0: a choice among NaN would hide them."""
-    known = torch.logsumexp(estimated.detach(), dim=-1).isfinite()  # [B, H, L]
+    wide = estimated.detach().to(accumulation_dtype(estimated.dtype))
+    known = torch.logsumexp(wide, dim=-1).isfinite()  # [B, H, L]
     if rule.grouping == "causal_per_batch":
         known = known.all(1, keepdim=True)
     return torch.where(known, 0.0, float("nan")).unsqueeze(-1)

@@ -85,7 +85,7 @@ def _expand(slices: Tensor, kept: Tensor, edges: Tensor, rows: Rows, part: slice
     slot = torch.arange(slots, device=slices.device).expand(B, R, slots).contiguous()
     used = slot < ends[..., -1:]
     of = torch.searchsorted(ends, slot, right=True).clamp(max=slices.shape[-1] - 1)  # [B, R, T], index into P
-    width, c, end = ((right - left).gather(-1, of), taken.gather(-1, of), ends.gather(-1, of))
+    width, c, end = (right - left).gather(-1, of), taken.gather(-1, of), ends.gather(-1, of)
     u = slot - (end - c)
     rank = right.gather(-1, of) - 1 - u * width // c.clamp(min=1) + rows.first[:, part].unsqueeze(-1)
     rank = torch.where(used, rank, 0)

@@ -51,6 +51,13 @@ def test_any_cut_equals_the_whole(sizes, rule, grouping):
     torch.testing.assert_close(out, whole(tensors, estimator, **options), **CLOSE)
 
 
+def test_cuts_within_and_beyond_a_chunk_of_the_running_sums():
+    estimator = draw_estimator(2, 4, 8, is_causal=True, table=0)
+    tensors = [t.detach() for t in draw_tensors(1, 2, 1, 150, 4, 8)[:3]]
+    out, _ = in_steps(tensors, estimator, (70, 1, 64, 15), **OPTIONS)
+    torch.testing.assert_close(out, whole(tensors, estimator, **OPTIONS), **CLOSE)
+
+
 @pytest.mark.parametrize("table", [0, 64], ids=["fourier", "learned"])
 def test_left_padding(table):
     estimator = draw_estimator(2, 4, 8, is_causal=True, table=table)
