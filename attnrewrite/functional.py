@@ -1,9 +1,17 @@
 """The attentions as plain functions, with the argument names and layout of torch's own."""
 
 from attnrewrite.kernels.sdpa.reference import attention
+from attnrewrite.kernels.sea.reference import sea_attention
 from attnrewrite.kernels.selective.op import selective_attention
 from attnrewrite.kernels.ssa.op import ssa_attention
 from attnrewrite.kernels.symmetric.op import symmetric_attention
 from attnrewrite.kernels.symmetric.reference import pairwise_query
 
-__all__ = ["attention", "pairwise_query", "selective_attention", "ssa_attention", "symmetric_attention"]
+__all__ = [
+    "attention",
+    "pairwise_query",
+    "sea_attention",
+    "selective_attention",
+    "ssa_attention",
+    "symmetric_attention",
+]

@@ -7,7 +7,7 @@ value [B, Hkv, S, D].
 import torch
 import torch.nn.functional as F
 
-from attnrewrite.functional import attention, selective_attention, ssa_attention
+from attnrewrite.functional import attention, selective_attention, ssa_attention, symmetric_attention
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     # SSA: a temperature per query and per value; 1 is plain attention, larger is sharper.
     ones_q, ones_v = torch.ones(B, H, L), torch.ones(B, Hkv, L)
     neutral = ssa_attention(query, key, value, ones_q, ones_v, is_causal=True, enable_gqa=True)
-    if not torch.equal(neutral, plain):
+    if not torch.allclose(neutral, plain, atol=1e-6):
         raise SystemExit("at temperature 1, SSA is not plain attention")
     warmth = torch.full((B, H, L), 100.0, requires_grad=True)
     sharp = ssa_attention(query, key, value, warmth, ones_v, is_causal=True, enable_gqa=True)
@@ -49,6 +49,13 @@ def main() -> None:
     print(f"ssa: at temperature 100, {share:.0%} of the queries take the value of their best key alone")
     if share < 0.8:
         raise SystemExit("a large temperature does not sharpen")
+
+    # Symmetric: queries and keys are one tensor; pairwise: with a matrix per query head between them.
+    pair = torch.eye(D).expand(H, D, D)
+    if not torch.allclose(
+        symmetric_attention(key, value, pair, enable_gqa=True), attention(keys, keys, values), atol=1e-6
+    ):
+        raise SystemExit("pairwise attention with the identity is not symmetric attention")
 
     # All are differentiable, in the temperatures and in gamma, too.
     gamma = torch.tensor(0.5, requires_grad=True)

@@ -53,10 +53,8 @@ def shared_bias(
     wanted = w_k @ (w_q.mT @ mean + b_q)
     by = weight if pair is None else weight @ pair.double().mT
     normal = by.mT @ covariance.double()
-    return (
-        torch.linalg.lstsq(normal @ by, (normal @ wanted).unsqueeze(-1), driver="gelsd").solution.squeeze(-1)
-        - mean @ weight
-    )
+    centred: Tensor = torch.linalg.lstsq(normal @ by, (normal @ wanted).unsqueeze(-1), driver="gelsd").solution
+    return centred.squeeze(-1) - mean @ weight
 
 
 def fit_pairwise(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None, steps: int = STEPS) -> Shared:

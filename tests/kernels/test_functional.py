@@ -21,6 +21,7 @@ def test_names():
     assert functional.__all__ == [
         "attention",
         "pairwise_query",
+        "sea_attention",
         "selective_attention",
         "ssa_attention",
         "symmetric_attention",
@@ -65,3 +66,5 @@ def test_every_function_runs_on_one_layer():
     torch.testing.assert_close(unvoted, plain)
     shared = functional.symmetric_attention(query, value, is_causal=True)
     torch.testing.assert_close(shared, functional.attention(query, query, value, is_causal=True))
+    whole = functional.sea_attention(query, key, value, torch.randn(1, 2, 5, 3), is_causal=True, budget=5)
+    torch.testing.assert_close(whole, plain)

@@ -1,0 +1,108 @@
+"""Causal SEA attention for tokens that follow earlier ones: prefill and single steps are the same function.
+
+What is kept of the earlier tokens, beside keys and values, does not grow with their number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.kernels.sea.arguments import check_padding, check_rule, key_padding
+from attnrewrite.kernels.sea.estimator import Estimator, EstimatorState, causal_estimate
+from attnrewrite.kernels.sea.pooling import visible_mean
+from attnrewrite.kernels.sea.reference import mixed, sparse_attention
+from attnrewrite.kernels.sea.slices import Rule, visible_rows
+from attnrewrite.kernels.visibility import accumulation_dtype, check_attention, full_precision
+
+
+class SEAState(NamedTuple):
+    """The estimator's state, and the sum of the values of the real tokens, ``[B, Hkv, Dv]`` in float32 (float64)."""
+
+    estimator: EstimatorState
+    values: Tensor
+
+
+def sea_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    estimator: Estimator,
+    state: SEAState | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    *,
+    budget: int,
+    budget_rule: str = "exact",
+    grouping: str = "causal_per_batch",
+    strict_window: bool = True,
+) -> tuple[Tensor, SEAState]:
+    """Return causal SEA attention of the last T of S tokens, estimate included, and the state to go on from.
+
+    Any way of cutting a sequence into calls gives what one call gives (arXiv 2310.01777, section 3).
+
+    Args:
+        query: ``[B, H, T, D]`` of the new tokens, any floating-point dtype, as the scores see it.
+        key: ``[B, Hkv, S, D]`` of all tokens, the cache and the new ones.
+        value: ``[B, Hkv, S, Dv]``.
+        estimator: causal.
+        state: what the call for the S - T earlier tokens returned; None if T = S.
+        attn_mask: padding, or a bias that broadcasts to ``[B, H, T, S]``, as in ``sea_attention``.
+        scale: factor of the logits; ``D ** -0.5`` if None.
+        enable_gqa: allow Hkv < H.
+        window: as in ``sea_attention``.
+        budget: keys per query and head.
+        budget_rule: "exact" or "paper".
+        grouping: "causal_per_batch" or "per_query".
+        strict_window: as in ``sea_attention``.
+
+    Returns:
+        ``[B, H, T, Dv]`` in the dtype of ``query``, and the new state.
+
+    Raises:
+        LoweringError: AR402, arguments that do not fit together.
+    """
+    rule = Rule(budget, budget_rule, grouping)
+    check_attention(query, key, value, attn_mask, is_causal=True, enable_gqa=enable_gqa, window=window)
+    check_rule(rule, window, strict_window)
+    check_padding(attn_mask)
+    T, S = query.shape[2], key.shape[2]
+    _check_state(T, S, state)
+    padding, bias = key_padding(attn_mask, S)
+    rows = visible_rows(T, S, is_causal=True, window=window, padding=padding, device=query.device)
+    fresh = value[:, :, S - T :]
+    estimate, estimator_state = causal_estimate(
+        query,
+        key[:, :, S - T :],
+        fresh,
+        estimator,
+        None if padding is None else padding[:, S - T :],
+        None if state is None else state.estimator,
+        earlier=S - T,
+    )
+    with full_precision(query.device):
+        dtype = accumulation_dtype(query.dtype)
+        before = torch.zeros_like(value[:, :, 0], dtype=dtype) if state is None else state.values
+        real = rows.real[:, None, S - T :, None]
+        values = before + fresh.to(dtype).masked_fill(~real, 0.0).sum(2)
+        sparse = sparse_attention(query, key, value, estimate.estimated, rows, rule, bias=bias, scale=scale)
+        pooled = visible_mean(value.to(dtype), rows, before)
+        out = mixed(sparse, pooled, rows, estimate.scale_prob, estimate.mix).to(query.dtype)
+    return out, SEAState(estimator_state, values)
+
+
+def _check_state(T: int, S: int, state: SEAState | None) -> None:
+    if T > S:
+        raise error("AR402", f"query has {T} positions and key {S}; key holds the new tokens, too", hint="")
+    if (state is None) != (T == S):
+        given = "no state" if state is None else "a state"
+        raise error(
+            "AR402",
+            f"query has {T} of {S} positions, and there is {given}",
+            hint="pass no state for a whole sequence, and what the last call returned for what follows it",
+        )
