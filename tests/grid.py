@@ -7,7 +7,7 @@ it. All cells of one (layout, scale) compute the same function of q, k and v up 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -248,32 +248,37 @@ class Cell:
 
 
 class Composed(nn.Module):
-    """Computes the attention of every cell in ``cells`` on shared projections; returns all outputs in one line."""
+    """Computes the attention of every cell in ``cells``; returns all outputs in one line."""
 
     def __init__(self, cells: list[Cell]) -> None:
         super().__init__()
-        self.cells = cells
-        width = HEADS * DIM
-        self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
-        self.k, self.v = nn.Linear(width, width), nn.Linear(width, width)
-        self.k2, self.v2 = nn.Linear(width, KV_HEADS * DIM), nn.Linear(width, KV_HEADS * DIM)
+        # Each has projections of its own: shared ones would sum the cells' gradients in 16 bit, in some order.
+        self.layers = nn.ModuleList(Written(cell) for cell in cells)
 
     def forward(self, x: Tensor, pad: Tensor) -> Tensor:
-        return torch.cat([y.flatten() for cell in self.cells for y in self.attend(cell, x, pad)])
+        return torch.cat([y.flatten() for layer in self.layers for y in layer(x, pad)])
 
-    def attend(self, cell: Cell, x: Tensor, pad: Tensor) -> Iterator[Tensor]:
-        B, L, _ = x.shape
-        grouped = cell.groups != "none"
-        q = self.q(x).view(B, L, HEADS, DIM)
-        k, v = (y(x).view(B, L, -1, DIM) for y in ((self.k2, self.v2) if grouped else (self.k, self.v)))
+
+class Written(nn.Module):
+    """The attention of one cell."""
+
+    def __init__(self, cell: Cell) -> None:
+        super().__init__()
+        self.cell = cell
+        width, kv_width = HEADS * DIM, (HEADS if cell.groups == "none" else KV_HEADS) * DIM
+        self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = nn.Linear(width, kv_width), nn.Linear(width, kv_width)
+
+    def forward(self, x: Tensor, pad: Tensor) -> list[Tensor]:
+        cell = self.cell
+        q, k, v = (y(x).view(*x.shape[:2], -1, DIM) for y in (self.q, self.k, self.v))
         k, v = GROUPS[cell.groups](k), GROUPS[cell.groups](v)
         product, mix = LAYOUTS[cell.layout]
         before, after = SCALES[cell.scale]
         scores = MASKS[cell.mask][1](after(product(*before(q, k))), pad)
         weights = SOFTMAXES[cell.softmax](scores)
-        yield self.o(mix(weights, v))
-        if cell.extra != "none":
-            yield from {"key_value": (k, v), "scores": (scores.clamp(-9, 9),), "weights": (weights,)}[cell.extra]
+        extra = {"none": [], "key_value": [k, v], "scores": [scores.clamp(-9, 9)], "weights": [weights]}[cell.extra]
+        return [self.o(mix(weights, v)), *extra]
 
 
 def cells(layout: str, scale: str, batch: int = 2) -> list[Cell]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -54,16 +55,60 @@ def error(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true.double()).norm() / true.double().norm().clamp(min=1e-300))
 
 
+def is_only_rounding(true: Tensor) -> bool:
+    """Whether a gradient is zero but for rounding, such as that of a key's bias in front of a softmax."""
+    return float(true.double().norm()) < 1e-7 * float(true.numel()) ** 0.5
+
+
 def assert_as_good(name: str, found: Tensor, ordinary: Tensor, true: Tensor) -> None:
     """Assert the bar: our error against float64 is at most twice that of ordinary PyTorch.
 
     Ordinary PyTorch may round luckily, so its error counts as at least a quarter of a rounding step. A gradient that is
-    zero but for rounding (a key's bias in front of a softmax) must stay within the rounding of its summands.
+    only rounding must stay within the rounding of its summands.
     """
     step = torch.finfo(found.dtype).eps
-    size = float(true.numel()) ** 0.5
-    if float(true.double().norm()) < 1e-7 * size:
-        assert float(found.double().norm()) <= max(BAR * float(ordinary.double().norm()), 4 * step * size), name
+    if is_only_rounding(true):
+        limit = max(BAR * float(ordinary.double().norm()), 4 * step * float(true.numel()) ** 0.5)
+        assert float(found.double().norm()) <= limit, name
         return
     ours, theirs = error(found, true), error(ordinary, true)
     assert ours <= BAR * max(theirs, step / 4), f"{name}: error {ours:.2e}, ordinary PyTorch {theirs:.2e}"
+
+
+Outcome = tuple[Tensor, dict[str, Tensor]]
+Draw = tuple[Outcome, Outcome, Outcome]
+
+
+def assert_as_good_over(draws: Callable[[int], Draw], more: int = 7) -> None:
+    """Assert the bar for output and gradients of ``draws(0)``: what we computed, ordinary PyTorch, float64.
+
+    In 16 bit one draw says little about a gradient of few numbers: its error is a rounding step or two, and a lucky one
+    of ordinary PyTorch is a fifth of that. What misses the bar in the first draw is decided by the root mean square
+    over that draw and ``more`` others.
+    """
+    first = draws(0)
+    doubtful = [name for name in ("output", *first[2][1]) if _misses(name, first)]
+    if not doubtful:
+        return
+    everything = [first, *(draws(n) for n in range(1, more + 1))]
+    for name in doubtful:
+        pairs = [tuple(error(_of(name, x), _of(name, true)) for x in (a, b)) for a, b, true in everything]
+        ours, theirs = (math.sqrt(sum(x * x for x in side) / len(pairs)) for side in zip(*pairs, strict=True))
+        least = torch.finfo(_of(name, first[0]).dtype).eps / 4
+        said = f"{name}: error {ours:.2e}, ordinary PyTorch {theirs:.2e} over {len(pairs)} draws"
+        assert ours <= BAR * max(theirs, least), said
+
+
+def _misses(name: str, draw: Draw) -> bool:
+    ours, ordinary, true = (_of(name, x) for x in draw)
+    try:
+        assert_as_good(name, ours, ordinary, true)
+    except AssertionError:
+        if is_only_rounding(true) or ours.dtype not in (torch.bfloat16, torch.float16):
+            raise
+        return True
+    return False
+
+
+def _of(name: str, outcome: Outcome) -> Tensor:
+    return outcome[0] if name == "output" else outcome[1][name]
