@@ -7,6 +7,7 @@ import torch
 
 import attnrewrite
 from attnrewrite import functional
+from attnrewrite.kernels.routing import reference as routing
 from attnrewrite.kernels.sdpa import reference as sdpa
 from attnrewrite.kernels.selective import reference as selective
 from attnrewrite.kernels.ssa import reference as ssa
@@ -15,8 +16,9 @@ SDPA_ORDER = ["attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "win
 
 
 def test_names_are_the_references():
-    assert functional.__all__ == ["attention", "selective_attention", "ssa_attention"]
+    assert functional.__all__ == ["attention", "routing_attention", "selective_attention", "ssa_attention"]
     assert functional.attention is sdpa.attention
+    assert functional.routing_attention is routing.routing_attention
     assert functional.selective_attention is selective.selective_attention
     assert functional.ssa_attention is ssa.ssa_attention
     assert attnrewrite.functional is functional
@@ -44,3 +46,6 @@ def test_every_function_runs_on_one_layer():
     assert torch.equal(warm, plain)
     unvoted = functional.selective_attention(query, key, value, gamma=0.0)
     torch.testing.assert_close(unvoted, plain)
+    centroids = torch.randn(2, 1, 4)
+    unrouted = functional.routing_attention(query, key, value, centroids, is_causal=True)
+    torch.testing.assert_close(unrouted, plain)
