@@ -2,9 +2,12 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+CAUSAL = {"is_causal": True, "paper_causal": True}
+RULES = pytest.mark.parametrize("rule", ["topw", "argmax_window"])
 
 
 def worked_example():
@@ -108,3 +111,13 @@ def by_definition(
                 count[i] += 1
             out[b, h] /= (count + shrink).clamp(min=1)[:, None]
     return out
+
+
+def detached(*tensors):
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def padding(*lengths, N, left=False):
+    position = torch.arange(N)
+    real = torch.stack([position >= N - n if left else position < n for n in lengths])
+    return real[:, None, None]

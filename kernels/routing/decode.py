@@ -204,7 +204,9 @@ def _queues(state: RoutingState, cluster: Tensor, H: int) -> tuple[Tensor, ...]:
 def _check_padding(attn_mask: Tensor | None) -> None:
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         raise error(
-            "AR402", f"attn_mask has dtype {attn_mask.dtype}; decoding takes padding only", hint="pass booleans"
+            "AR402",
+            f"attn_mask has dtype {attn_mask.dtype}; decoding takes padding, torch.bool, and no bias",
+            hint="pass False where a token is padding",
         )
 
 
