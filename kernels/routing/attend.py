@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.routing.selection import Selection
+from attnrewrite.kernels.routing.selection import Block, Selection
 from attnrewrite.kernels.sdpa.reference import masked_softmax
 
 SELF_LOGIT = -5e4
@@ -49,8 +49,8 @@ def attend(scored: Scored, selection: Selection, dropout_p: float = 0.0) -> Tens
     """Return the mean over the groups of each query of its attention there, ``[B, H, L, Dv]``; 0 if it has none."""
     B, H, L, _ = scored.query.shape
     total = scored.value.new_zeros(B * H * L, scored.value.shape[-1])
-    for queries, keys in blocks(scored, selection):
-        part = gathered(scored, queries, keys)
+    for block in blocks(scored, selection):
+        part = gathered(scored, block)
         weights = torch.dropout(part.weights, dropout_p, train=True) if dropout_p > 0.0 else part.weights
         slots = torch.matmul(weights, part.value)  # [B, H, G, M, Dv], 0 for a query that sees no key
         total.index_add_(0, part.query_rows.flatten(), slots.flatten(0, 3))
@@ -61,13 +61,13 @@ def slot_count(scored: Scored, selection: Selection) -> Tensor:
     """Return in how many groups each query sees a key, 1 at least, ``[B, H, L, 1]``."""
     B, H, L, _ = scored.query.shape
     hits = scored.query.new_zeros(B * H * L)
-    for queries, keys in blocks(scored, selection):
-        live = seen(scored, queries, keys).any(dim=-1)
-        hits.index_add_(0, rows(queries, H, L).flatten(), live.flatten().to(hits.dtype))
+    for block in blocks(scored, selection):
+        live = seen(scored, block).any(dim=-1)
+        hits.index_add_(0, rows(block.queries, H, L).flatten(), live.flatten().to(hits.dtype))
     return hits.clamp(min=1).reshape(B, H, L, 1)
 
 
-def blocks(scored: Scored, selection: Selection) -> Iterator[tuple[Tensor, Tensor]]:
+def blocks(scored: Scored, selection: Selection) -> Iterator[Block]:
     """Yield the selection in blocks of as many groups as memory allows."""
     B, H, _, D = scored.query.shape
     groups, M, K = selection.sizes
@@ -81,12 +81,13 @@ def blocks(scored: Scored, selection: Selection) -> Iterator[tuple[Tensor, Tenso
         yield selection.block(start, min(start + step, groups))
 
 
-def gathered(scored: Scored, queries: Tensor, keys: Tensor) -> Gathered:
+def gathered(scored: Scored, block: Block) -> Gathered:
     """Gather the vectors of a block and weigh its pairs."""
+    queries, keys, _ = block
     H, L = scored.query.shape[1:3]
     Hkv, S = scored.key.shape[1:3]
     query_rows, key_rows = rows(queries, H, L), rows(keys, Hkv, S)
-    visible = seen(scored, queries, keys)
+    visible = seen(scored, block)
     query = take(scored.query, query_rows)
     key, value = unseen_as_zero(visible, take(scored.key, key_rows), take(scored.value, key_rows))
     bias = None if scored.bias is None else scored.bias[pair_index(scored.bias, queries, keys)]
@@ -113,10 +114,13 @@ def pair_weights(
     return masked_softmax(logits, visible)
 
 
-def seen(scored: Scored, queries: Tensor, keys: Tensor) -> Tensor:
+def seen(scored: Scored, block: Block) -> Tensor:
     """Return which pairs of a block count, ``[B, H, G, M, K]``."""
+    queries, keys, met = block
     i, j = queries.unsqueeze(-1), keys.unsqueeze(-2)
     pairs = (i >= 0) & (j >= 0)
+    if met is not None:
+        pairs = pairs & met
     if scored.is_causal:
         pairs = pairs & (j <= i)
     if scored.window is not None:

@@ -9,6 +9,7 @@ from attnrewrite.kernels.routing.attend import Gathered, Scored, blocks, gathere
 from attnrewrite.kernels.routing.clusters import centered, inverse_deviation
 from attnrewrite.kernels.routing.prepare import Options, Routed, prepare
 from attnrewrite.kernels.routing.selection import Selection
+from attnrewrite.kernels.routing.tiles import tiled
 from attnrewrite.kernels.visibility import full_precision
 
 
@@ -23,6 +24,7 @@ def routing_attention_backward(grad: Tensor, routed: Routed, options: Options) -
     """
     with full_precision(grad.device):
         scored, selection = prepare(routed, options)
+        selection = tiled(selection)
         dquery, dkey, dvalue = attend_backward(scored, selection, grad.to(scored.query.dtype))
         if options.shared_qk:
             dquery, dkey = dquery + dkey, torch.zeros_like(routed.key)
@@ -36,8 +38,8 @@ def attend_backward(scored: Scored, selection: Selection, grad: Tensor) -> tuple
     """Return the gradients of what ``attend`` scores: query, key and value, in its dtype."""
     upstream = (grad / slot_count(scored, selection)).flatten(0, 2)  # [B H L, Dv]
     totals = [torch.zeros_like(states).flatten(0, 2) for states in (scored.query, scored.key, scored.value)]
-    for queries, keys in blocks(scored, selection):
-        part = gathered(scored, queries, keys)
+    for block in blocks(scored, selection):
+        part = gathered(scored, block)
         reached = upstream.index_select(0, part.query_rows.flatten()).reshape(*part.query_rows.shape, -1)
         numbers = (part.query_rows, part.key_rows, part.key_rows)
         for total, number, found in zip(totals, numbers, block_backward(part, reached, scored.scale), strict=True):

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnrewrite.kernels.diagnostics import error
+from attnrewrite.kernels.routing.attend import attend
 from attnrewrite.kernels.routing.backward import routing_attention_backward
-from attnrewrite.kernels.routing.prepare import Options, Routed
-from attnrewrite.kernels.routing.reference import routing_attention
+from attnrewrite.kernels.routing.prepare import Options, Routed, check_routing, prepare
+from attnrewrite.kernels.routing.tiles import tiled
+from attnrewrite.kernels.visibility import check_attention, full_precision
 
 TENSORS = len(Routed._fields)
 """How many arguments, the first ones of both operators, are tensors."""
@@ -42,31 +44,19 @@ def routing_attention_op(
 ) -> Tensor:
     """Compute ``routing_attention`` without dropout; Hkv < H needs no ``enable_gqa``.
 
-    Differentiable in query, key and value, once.
+    Differentiable in query, key and value, once. Windows are scored in tiles, so that a sum may round otherwise
+    than in ``routing_attention``, and a NaN reaches all queries of its tile.
 
     Raises:
         LoweringError: AR402, arguments that do not fit together, or an ``attn_mask`` that requires a gradient.
     """
-    return routing_attention(
-        query,
-        key,
-        value,
-        centroids,
-        attn_mask,
-        is_causal=is_causal,
-        scale=scale,
-        enable_gqa=True,
-        window=window,
-        rule=rule,
-        window_size=window_size,
-        shared_qk=shared_qk,
-        logits=logits,
-        center_query=center_query,
-        center_key=center_key,
-        routing_query=routing_query,
-        routing_key=routing_key,
-        paper_causal=paper_causal,
-    )
+    routed = Routed(query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key)
+    options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
+    check_attention(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=True, window=window)
+    check_routing(routed, options)
+    with full_precision(query.device):
+        scored, selection = prepare(routed, options)
+        return attend(scored, tiled(selection)).to(query.dtype)
 
 
 @torch.library.custom_op("attnrewrite::routing_attention_backward", mutates_args=())

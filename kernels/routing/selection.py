@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from attnrewrite.kernels.routing.clusters import nearest, strongest
 
-Block = tuple[Tensor, Tensor]
-"""Positions of queries ``[B, H, G, M]`` and of the keys they are scored against ``[B, H, G, K]``; -1 is none."""
+
+class Block(NamedTuple):
+    """Some groups of a selection, by position; -1 is none."""
+
+    queries: Tensor  # [B, H, G, M]
+    keys: Tensor  # [B, H, G, K]
+    pairs: Tensor | None = None  # [B, H, G, M, K], which of them meet; None if all do
+
+
+class Selection(Protocol):
+    """Groups of queries, each with its keys."""
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Groups, queries in each, keys in each."""
+
+    def block(self, start: int, stop: int) -> Block:
+        """Return the groups from ``start`` to before ``stop``."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +46,7 @@ class Clusters:
         """Return the groups from ``start`` to before ``stop``."""
         repeats = self.queries.shape[1] // self.keys.shape[1]
         keys = self.keys[:, :, start:stop].repeat_interleave(repeats, dim=1)
-        return self.queries[:, :, start:stop], keys
+        return Block(self.queries[:, :, start:stop], keys)
 
 
 @dataclass(frozen=True)
@@ -61,10 +78,7 @@ class Windows:
             keys = torch.cat((keys, itself.unsqueeze(-1)), dim=-1)
         if self.valid is not None:
             position = torch.where(self.valid[:, None, start:stop], position, -1)
-        return position.unsqueeze(-1), keys
-
-
-Selection = Clusters | Windows
+        return Block(position.unsqueeze(-1), keys)
 
 
 def select_clusters(

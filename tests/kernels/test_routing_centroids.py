@@ -161,6 +161,15 @@ class TestDeadClusters:
         one = torch.zeros(1, 2, 1, 8, dtype=torch.float64) + features[0, ::2, 4][None, :, None]
         assert (reseed(state, one).centroids != centroids).any(-1).sum(-1).tolist() == [1, 1]
 
+    def test_do_not_move_onto_a_constant_vector(self, drawn):
+        features, centroids = drawn
+        state = started(centroids)
+        state.ema_count[:, 0] = 0.0
+        features[:, :, 3] = 0.0
+        features[:, :, :3] = features[:, :, 4:7] = state.centroids[:, 1].repeat_interleave(2, 0).unsqueeze(1)
+        after = reseed(state, features[:, :, :7])
+        assert torch.equal(after.centroids[:, 0], centroids[:, 1])
+
     def test_balance(self):
         least, most = balance(torch.tensor([[1.0, 2.0, 3.0], [4.0, 4.0, 4.0]]))
         assert least.tolist() == [0.5, 1.0]

@@ -290,7 +290,7 @@ class TestLowPrecision:
             exact = routing_attention(*exact_tensors, centroids, **options)
             chosen = Options(rule, 16, is_causal=options["is_causal"])
             _, selection = prepare(Routed(*exact_tensors, centroids), chosen)
-            queries, keys = selection.block(0, selection.sizes[0])
+            queries, keys, _ = selection.block(0, selection.sizes[0])
             if rule == "topw":
                 plain = ordinary(*tensors, queries, keys)
             else:

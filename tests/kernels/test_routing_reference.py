@@ -68,7 +68,7 @@ class TestWorkedExample:
 
     def test_causal_not_shared(self, worked, assert_prints):
         queries, keys = affinities_of(worked)
-        _, met = select_windows(queries, keys, 3, is_causal=True).block(0, 6)
+        met = select_windows(queries, keys, 3, is_causal=True).block(0, 6).keys
         sets = [sorted(j for j in row if j >= 0) for row in met[0, 0].tolist()]
         assert sets == [[0], [0, 1], [0, 2], [0, 3], [2, 3, 4], [2, 3, 4, 5]]
         out = run(worked, is_causal=True)
@@ -182,5 +182,5 @@ class TestMembership:
         """Half of the keys, rounded up, lie at or before the query, the rest after it."""
         level = torch.zeros(1, 1, 8, 1)
         for width, expected in ((1, [3]), (2, [3, 4]), (3, [2, 3, 4]), (5, [1, 2, 3, 4, 5])):
-            _, keys = select_windows(level, level, width, is_causal=False).block(0, 8)
+            keys = select_windows(level, level, width, is_causal=False).block(0, 8).keys
             assert [j for j in keys[0, 0, 3].tolist() if j >= 0] == expected
