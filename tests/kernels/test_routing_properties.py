@@ -317,7 +317,7 @@ class TestLowPrecision:
 
 
 class TestTracing:
-    """Of one length: tracing these shapes symbolically takes minutes. The operator is traced with any length."""
+    """Of one length: tracing symbolic shapes takes 10 to 90 seconds. The operator is traced with any length."""
 
     @RULES
     def test_traced_forward_and_backward(self, rule):
