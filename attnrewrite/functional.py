@@ -1,5 +1,6 @@
 """The attentions as plain functions, with the argument names and layout of torch's own."""
 
+from attnrewrite.kernels.routing.reference import routing_attention
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.sea.reference import sea_attention
 from attnrewrite.kernels.selective.op import selective_attention
@@ -10,6 +11,7 @@ from attnrewrite.kernels.symmetric.reference import pairwise_query
 __all__ = [
     "attention",
     "pairwise_query",
+    "routing_attention",
     "sea_attention",
     "selective_attention",
     "ssa_attention",

@@ -21,6 +21,7 @@ def test_names():
     assert functional.__all__ == [
         "attention",
         "pairwise_query",
+        "routing_attention",
         "sea_attention",
         "selective_attention",
         "ssa_attention",
@@ -68,3 +69,6 @@ def test_every_function_runs_on_one_layer():
     torch.testing.assert_close(shared, functional.attention(query, query, value, is_causal=True))
     whole = functional.sea_attention(query, key, value, torch.randn(1, 2, 5, 3), is_causal=True, budget=5)
     torch.testing.assert_close(whole, plain)
+    centroids = torch.randn(2, 1, 4)
+    unrouted = functional.routing_attention(query, key, value, centroids, is_causal=True)
+    torch.testing.assert_close(unrouted, plain)

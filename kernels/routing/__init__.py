@@ -1,0 +1,1 @@
+"""Routing attention: README.md says the maths, reference.py is the specification."""
