@@ -138,8 +138,8 @@ _ALL = [
         "model cannot be captured",
         "torch.export could not trace the model on these inputs: it has control flow that depends on data, or "
         "returns a type that torch.export does not know.",
-        "for transformers models pass use_cache=False; torch.nn.TransformerEncoder and Decoder need is_causal= beside a "
-        "mask (without it they look at the mask's values); otherwise remove what the message names",
+        "for transformers models pass use_cache=False; torch.nn.TransformerEncoder and Decoder need is_causal= beside "
+        "a mask, or they look at the mask's values; otherwise remove what the message names",
     ),
     Diagnostic(
         "AR106",
