@@ -3,17 +3,20 @@
 from attnrewrite.kernels.routing.reference import routing_attention
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.sea.reference import sea_attention
+from attnrewrite.kernels.selective.decode import SelectionState, selective_decode
 from attnrewrite.kernels.selective.op import selective_attention
 from attnrewrite.kernels.ssa.op import ssa_attention
 from attnrewrite.kernels.symmetric.op import symmetric_attention
 from attnrewrite.kernels.symmetric.reference import pairwise_query
 
 __all__ = [
+    "SelectionState",
     "attention",
     "pairwise_query",
     "routing_attention",
     "sea_attention",
     "selective_attention",
+    "selective_decode",
     "ssa_attention",
     "symmetric_attention",
 ]

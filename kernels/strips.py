@@ -24,7 +24,8 @@ class Options:
     """How a score becomes a weight: ``dropout(softmax(cap(scale * q . k) + bias))`` over the visible keys.
 
     ``mask_self`` gives the diagonal the finite logit -5e4: a query attends to itself only where it sees nothing else.
-    Dropout draws from ``seed`` alone, so that backward drops the same weights.
+    Dropout draws from ``seed`` alone, so that backward drops the same weights. Query i stands at position
+    ``i + offset`` among the keys.
     """
 
     scale: float
@@ -34,6 +35,7 @@ class Options:
     mask_self: bool = False
     dropout_p: float = 0.0
     seed: int = 0
+    offset: int = 0
 
     def kept(self, weights: Tensor, rows: slice) -> Tensor | None:
         """Return what dropout multiplies the weights of these rows by: 0 or 1 / (1 - p). None without dropout."""
@@ -84,8 +86,8 @@ def spans(B: int, H: int, L: int, S: int, how: Options) -> Iterator[tuple[slice,
     height = max(1, min(L, BUDGET // max(1, B * H * S)))
     for start in range(0, L, height):
         stop = min(L, start + height)
-        first = 0 if how.window is None else min(S, max(0, start - how.window + 1))
-        yield slice(start, stop), slice(first, min(S, stop) if how.is_causal else S)
+        first = 0 if how.window is None else min(S, max(0, start + how.offset - how.window + 1))
+        yield slice(start, stop), slice(first, min(S, stop + how.offset) if how.is_causal else S)
 
 
 def strip(query: Tensor, key: Tensor, attn_mask: Tensor | None, how: Options, rows: slice, cols: slice) -> Strip:
@@ -99,7 +101,7 @@ def strip(query: Tensor, key: Tensor, attn_mask: Tensor | None, how: Options, ro
     bias = additive(mask)
     logits = scores if bias is None else scores + bias.to(scores.dtype)
     if how.mask_self:
-        itself = lag(rows, cols, scores.device) == 0
+        itself = lag(rows, cols, how, scores.device) == 0
         logits = logits.masked_fill(itself, -5e4)
         slope = (torch.ones_like(scores) if slope is None else slope).masked_fill(itself, 0.0)
     return Strip(rows, cols, logits, seen(rows, cols, attn_mask, how, scores.device), slope)
@@ -203,15 +205,15 @@ def seen(rows: slice, cols: slice, attn_mask: Tensor | None, how: Options, devic
     allowed = visible(rows.stop - rows.start, cols.stop - cols.start, attn_mask=mask, device=device)
     if not how.is_causal:
         return allowed
-    behind = lag(rows, cols, device)
+    behind = lag(rows, cols, how, device)
     near = behind >= 0 if how.window is None else (behind >= 0) & (behind < how.window)
     return near if allowed is None else near & allowed
 
 
-def lag(rows: slice, cols: slice, device: torch.device) -> Tensor:
-    """Return i - j, ``[rows, cols]``."""
+def lag(rows: slice, cols: slice, how: Options, device: torch.device) -> Tensor:
+    """Return how far key j lies behind query i, ``[rows, cols]``."""
     i, j = (torch.arange(x.start, x.stop, device=device) for x in (rows, cols))
-    return i.unsqueeze(-1) - j
+    return i.unsqueeze(-1) + how.offset - j
 
 
 def one_head(attn_mask: Tensor, head: int) -> Tensor:

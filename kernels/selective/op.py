@@ -10,8 +10,6 @@ so it carries the sum of dF over later queries. The state of forward is computed
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +19,9 @@ from torch import Tensor
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.sdpa.reference import masked_softmax
 from attnrewrite.kernels.selective import reference
-from attnrewrite.kernels.selective.reference import check_selective, seen_by
-from attnrewrite.kernels.strips import Gradients, Options, Strip
+from attnrewrite.kernels.selective.ballot import Ballot, attend
+from attnrewrite.kernels.selective.reference import check_selective
+from attnrewrite.kernels.strips import Gradients
 from attnrewrite.kernels.visibility import accumulation_dtype, full_precision
 
 
@@ -74,86 +73,14 @@ def _forward(
     protect_first: bool,
 ) -> Tensor:
     how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
-    (B, H, L, _), S = query.shape, key.shape[2]
-    dtype = accumulation_dtype(query.dtype)
-    out = query.new_empty(B, H, L, value.shape[3])
     with full_precision(query.device):
-        q, k, v, strength = (x.to(dtype) for x in (query, key, value, gamma))
-        ballot = Ballot.of(q, k, attn_mask, how, selection_head, protect_first)
-        state = q.new_zeros(B, S)
-        for rows, cols in strips.spans(B, H, L, S, how):
-            part = strips.strip(q, k, attn_mask, how, rows, cols)
-            penalty = ballot.penalty(part, part.logits[:, selection_head], state)
-            weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), part.seen)
-            kept = how.kept(weights, rows)
-            weights = weights if kept is None else weights * kept
-            out[:, :, rows] = strips.per_group(weights, v[:, :, cols]).to(out.dtype)
-    return out
+        ballot = Ballot.of(query, key, attn_mask, how, selection_head, protect_first)
+        return attend(query, key, value, gamma, attn_mask, how, ballot)[0]
 
 
 @_forward.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: object) -> Tensor:
     return query.new_empty(*query.shape[:3], value.shape[3])
-
-
-@dataclass
-class Ballot:
-    """Who may vote on whom, and what the votes sum up to.
-
-    ``protected`` is ``[B or 1, S]``: keys on which nobody may vote.
-    """
-
-    head: int
-    protected: Tensor | None
-
-    @classmethod
-    def of(
-        cls, query: Tensor, key: Tensor, attn_mask: Tensor | None, how: Options, head: int, protect_first: bool
-    ) -> Ballot:
-        """Find the protected keys: those that their own query sees first."""
-        if not protect_first:
-            return cls(head, None)
-        (B, H, L, _), S = query.shape, key.shape[2]
-        found = []
-        for rows, cols in strips.spans(B, H, L, S, how):
-            seen = seen_by(strips.seen(rows, cols, attn_mask, how, query.device), head)
-            lag = strips.lag(rows, cols, query.device)
-            if seen is None:
-                found.append(((lag == 0) & (lag[:, :1] <= 0)).any(-1).unsqueeze(0))
-            else:
-                found.append(((seen & (lag == 0)).any(-1)) & ~(seen & (lag > 0)).any(-1))
-        return cls(head, torch.cat(found, dim=1))
-
-    def may_vote(self, part: Strip) -> Tensor:
-        """Return ``[B or 1, rows, cols]``."""
-        other = strips.lag(part.rows, part.cols, part.logits.device) != 0
-        seen = seen_by(part.seen, self.head)
-        allowed = other.unsqueeze(0) if seen is None else seen & other
-        return allowed if self.protected is None else allowed & ~self.protected[:, None, part.cols]
-
-    def penalty(self, part: Strip, logits: Tensor, state: Tensor) -> Tensor:
-        """Return the penalty ``[B, rows, cols]`` of a strip, and add its votes to ``state`` ``[B, S]``."""
-        votes = torch.where(self.may_vote(part), torch.relu(logits), 0.0)
-        received = torch.cumsum(votes, dim=1)
-        # Shifted by a row rather than less the row's own votes: F[j+1, j] must be 0 without rounding.
-        before = torch.cat((torch.zeros_like(received[:, :1]), received[:, :-1]), dim=1)
-        penalty = before + state[:, None, part.cols]
-        state[:, part.cols] += received[:, -1]
-        return penalty
-
-    def states(
-        self, query: Tensor, key: Tensor, attn_mask: Tensor | None, how: Options, spans: list[tuple[slice, slice]]
-    ) -> Iterator[Tensor]:
-        """Yield the state ``[B, S]`` before each strip, from the selection head alone."""
-        group = query.shape[1] // key.shape[1]
-        one, its_key = query[:, self.head : self.head + 1], key[:, self.head // group : self.head // group + 1]
-        mask = None if attn_mask is None else strips.one_head(attn_mask, self.head)
-        state = query.new_zeros(query.shape[0], key.shape[2])
-        alone = Ballot(0, self.protected)
-        for rows, cols in spans:
-            yield state.clone()
-            part = strips.strip(one, its_key, mask, how, rows, cols)
-            alone.penalty(part, part.logits[:, 0], state)
 
 
 @torch.library.custom_op("attnrewrite::selective_attention_backward", mutates_args=())
@@ -185,7 +112,7 @@ def _backward(
         total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None)
         ballot = Ballot.of(q, k, attn_mask, how, selection_head, protect_first)
         spans = list(strips.spans(B, H, L, S, how))
-        states = list(ballot.states(q, k, attn_mask, how, spans))
+        states = list(ballot.states(q, k, attn_mask, spans))
         later, by_gamma = q.new_zeros(B, S), q.new_zeros(())
         for rows, cols in reversed(spans):
             part = strips.strip(q, k, attn_mask, how, rows, cols)

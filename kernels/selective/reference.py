@@ -143,19 +143,19 @@ def check_selective(
         window=window,
         softcap=softcap,
     )
-    _check_selection(query, key, attn_mask, selection_head, gamma)
-
-
-def _check_selection(
-    query: Tensor, key: Tensor, attn_mask: Tensor | None, selection_head: int, gamma: float | Tensor
-) -> None:
-    H, L, S = query.shape[1], query.shape[2], key.shape[2]
+    L, S = query.shape[2], key.shape[2]
     if L != S:
         raise error(
             "AR402",
             f"query has {L} positions and key {S}; votes need the two to be one sequence",
-            hint="pass query, key and value of the same length",
+            hint="pass query, key and value of the same length, or call selective_decode",
         )
+    check_selection(query, attn_mask, selection_head, gamma)
+
+
+def check_selection(query: Tensor, attn_mask: Tensor | None, selection_head: int, gamma: float | Tensor) -> None:
+    """Raise AR402 unless the selection head exists, gamma is one number, and a boolean mask is for all heads."""
+    H = query.shape[1]
     if not 0 <= selection_head < H:
         raise error("AR402", f"selection_head is {selection_head}; query has heads 0 to {H - 1}", hint="")
     if isinstance(gamma, Tensor) and gamma.dim() != 0:

@@ -19,11 +19,13 @@ ATTENTIONS = [name for name in functional.__all__ if name.endswith("attention")]
 
 def test_names():
     assert functional.__all__ == [
+        "SelectionState",
         "attention",
         "pairwise_query",
         "routing_attention",
         "sea_attention",
         "selective_attention",
+        "selective_decode",
         "ssa_attention",
         "symmetric_attention",
     ]

@@ -1,0 +1,111 @@
+"""Selective attention step by step equals selective attention of the whole."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from attnrewrite.functional import SelectionState, selective_attention, selective_decode
+from attnrewrite.kernels import strips
+from attnrewrite.kernels.diagnostics import LoweringError
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-13}
+
+
+def draw(B, H, Hkv, L, D=4, seed=0):
+    source = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(B, h, L, D, generator=source, dtype=torch.float64) for h in (H, Hkv, Hkv))
+
+
+def stepwise(query, key, value, cuts, mask=None, **options):
+    """Feed the tokens in pieces that end at ``cuts``; a mask is [B or 1, 1 or H, L, L]."""
+    state, out, start = None, [], 0
+    for stop in (*cuts, query.shape[2]):
+        part = None if mask is None else mask[:, :, start:stop, :stop]
+        step, state = selective_decode(
+            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], state, part, enable_gqa=True, **options
+        )
+        out.append(step)
+        start = stop
+    return torch.cat(out, 2), state
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_cut_equals_the_whole(data):
+    ask = data.draw
+    Hkv, L = ask(st.integers(1, 2)), ask(st.integers(1, 12))
+    H = Hkv * ask(st.integers(1, 2))
+    cuts = sorted(ask(st.sets(st.integers(1, L - 1)))) if L > 1 else []
+    options = {
+        "window": ask(st.none() | st.integers(1, 13)),
+        "softcap": ask(st.sampled_from([None, 2.0])),
+        "selection_head": ask(st.integers(0, H - 1)),
+        "gamma": ask(st.sampled_from([1.0, 0.5, 0.0])),
+        "protect_first": ask(st.booleans()),
+    }
+    given_ = draw(2, H, Hkv, L, seed=ask(st.integers(0, 99)))
+    kind = ask(st.sampled_from(["none", "left padding", "documents", "bias"]))
+    mask = {
+        "none": None,
+        "left padding": (torch.arange(L) >= torch.tensor([[0], [ask(st.integers(0, L - 1))]]))[:, None, None].expand(
+            -1, -1, L, -1
+        ),
+        "documents": (lambda d: (d[:, None] == d)[None, None])(torch.arange(L) // 4),
+        "bias": torch.randn(1, H, L, L, generator=torch.Generator().manual_seed(5), dtype=torch.float64),
+    }[kind]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strips, "BUDGET", ask(st.sampled_from([20, 1 << 22])))
+        out, state = stepwise(*given_, cuts, mask, **options)
+    whole = selective_attention(*given_, mask, enable_gqa=True, **options)
+    torch.testing.assert_close(out, whole, **CLOSE)
+    assert state.votes.shape == state.protected.shape == (2, L)
+
+
+def test_low_precision_keeps_the_votes_in_float32():
+    query, key, value = (x.bfloat16() for x in draw(1, 2, 2, 9))
+    out, state = stepwise(query, key, value, (3, 4))
+    assert out.dtype == torch.bfloat16 and state.votes.dtype == torch.float32
+    assert torch.equal(out, selective_attention(query, key, value))
+
+
+def test_dropped_keys_and_reordered_beams():
+    """A cache without some keys goes on as if those had been invisible from then on."""
+    query, key, value = draw(2, 2, 2, 9)
+    _, state = selective_decode(query[:, :, :8], key[:, :, :8], value[:, :, :8])
+    kept = torch.tensor([[0, 2, 3, 6, 7], [0, 1, 4, 5, 7]])
+    pick = kept[:, None, :, None].expand(-1, 2, -1, 4)
+    shorter = [torch.cat((x[:, :, :8].gather(2, pick), x[:, :, 8:]), 2) for x in (key, value)]
+    pruned, _ = selective_decode(query[:, :, 8:], *shorter, state.kept(kept))
+    seen = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
+    seen.view(2, 9).scatter_(1, torch.cat((kept, torch.full((2, 1), 8)), 1), True)
+    hidden, _ = selective_decode(query[:, :, 8:], key, value, state, seen)
+    torch.testing.assert_close(pruned, hidden, **CLOSE)
+    beams = torch.tensor([1, 0])
+    turned, _ = selective_decode(query[beams, :, 8:], key[beams], value[beams], state.reordered(beams))
+    straight, _ = selective_decode(query[:, :, 8:], key, value, state)
+    assert torch.equal(turned, straight[beams])
+
+
+def test_the_caller_keeps_the_state_of_the_step_before():
+    query, key, value = draw(1, 2, 2, 6)
+    _, state = selective_decode(query[:, :, :5], key[:, :, :5], value[:, :, :5])
+    before = state.votes.clone()
+    selective_decode(query[:, :, 5:], key, value, state)
+    assert torch.equal(state.votes, before)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "state", "said"),
+    [
+        (slice(4, 6), 6, None, "no state"),
+        (slice(4, 6), 6, (1, 3), "needed is B x"),
+        (slice(0, 6), 4, None, "newest"),
+    ],
+)
+def test_bad_arguments(rows, keys, state, said):
+    query, key, value = draw(1, 2, 2, 6)
+    held = None if state is None else SelectionState(torch.zeros(state), torch.zeros(state, dtype=torch.bool))
+    with pytest.raises(LoweringError, match=said) as failure:
+        selective_decode(query[:, :, rows], key[:, :, :keys], value[:, :, :keys], held)
+    assert failure.value.code == "AR402"
