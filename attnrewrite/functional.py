@@ -1,8 +1,8 @@
 """The attentions as plain functions, with the argument names and layout of torch's own."""
 
-from attnrewrite.kernels.routing.reference import routing_attention
+from attnrewrite.kernels.routing.op import routing_attention
 from attnrewrite.kernels.sdpa.reference import attention
-from attnrewrite.kernels.sea.reference import sea_attention
+from attnrewrite.kernels.sea.op import sea_attention
 from attnrewrite.kernels.selective.decode import SelectionState, selective_decode
 from attnrewrite.kernels.selective.op import selective_attention
 from attnrewrite.kernels.ssa.op import ssa_attention

@@ -95,6 +95,15 @@ ENTRIES = {
             },
         ),
         Entry(
+            "memory",
+            "How much memory do the attentions take, and how does it grow with the length?",
+            "memory",
+            {
+                "cpu": {"heads": 8, "width": 64, "length": 8192, "lengths": [2048, 4096, 8192, 16384]},
+                "smoke": {"heads": 2, "width": 8, "length": 256, "lengths": [128, 256]},
+            },
+        ),
+        Entry(
             "matchers",
             "How much attention do this recogniser and inductor's patterns find, and how fast?",
             "matchers",

@@ -12,11 +12,61 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnrewrite.kernels.diagnostics import error
+from attnrewrite.kernels.routing import reference
 from attnrewrite.kernels.routing.attend import attend
 from attnrewrite.kernels.routing.backward import routing_attention_backward
 from attnrewrite.kernels.routing.prepare import Options, Routed, check_routing, prepare
 from attnrewrite.kernels.routing.tiles import tiled
 from attnrewrite.kernels.visibility import check_attention, full_precision
+
+
+def routing_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    centroids: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    *,
+    rule: str = "argmax_window",
+    window_size: int | None = None,
+    shared_qk: bool = False,
+    logits: str = "raw",
+    center_query: Tensor | None = None,
+    center_key: Tensor | None = None,
+    routing_query: Tensor | None = None,
+    routing_key: Tensor | None = None,
+    paper_causal: bool = False,
+) -> Tensor:
+    """Compute ``reference.routing_attention``: by the operator where it has the options, else by the reference."""
+    bias_learns = attn_mask is not None and attn_mask.requires_grad
+    options: dict[str, Any] = {
+        "rule": rule,
+        "window_size": window_size,
+        "shared_qk": shared_qk,
+        "logits": logits,
+        "center_query": center_query,
+        "center_key": center_key,
+        "routing_query": routing_query,
+        "routing_key": routing_key,
+        "paper_causal": paper_causal,
+        "is_causal": is_causal,
+        "scale": scale,
+        "window": window,
+    }
+    if dropout_p != 0.0 or bias_learns:
+        options |= {"dropout_p": dropout_p, "enable_gqa": enable_gqa}
+        return reference.routing_attention(query, key, value, centroids, attn_mask, **options)
+    check_attention(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, window=window)
+    out: Tensor = routing_attention_op(query, key, value, centroids, attn_mask, **options)
+    return out
+
+
+routing_attention.__doc__ = reference.routing_attention.__doc__
 
 TENSORS = len(Routed._fields)
 """How many arguments, the first ones of both operators, are tensors."""

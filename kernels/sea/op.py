@@ -11,15 +11,57 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from attnrewrite.kernels.sea import reference
 from attnrewrite.kernels.sea.backward import sea_gradients
-from attnrewrite.kernels.sea.reference import sea_attention as reference
 from attnrewrite.kernels.sea.slices import Rule
+from attnrewrite.kernels.visibility import check_attention
 
 NAME = "attnrewrite::sea_attention"
 
 
-@torch.library.custom_op(NAME, mutates_args=())
 def sea_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    estimated: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    *,
+    budget: int,
+    budget_rule: str = "exact",
+    grouping: str = "causal_per_batch",
+    scale_prob: Tensor | None = None,
+    mix: Tensor | None = None,
+    strict_window: bool = True,
+) -> Tensor:
+    """Compute ``reference.sea_attention``: by the operator where it has the options, else by the reference."""
+    options: dict[str, Any] = {
+        "is_causal": is_causal,
+        "scale": scale,
+        "window": window,
+        "budget": budget,
+        "budget_rule": budget_rule,
+        "grouping": grouping,
+        "scale_prob": scale_prob,
+        "mix": mix,
+    }
+    if dropout_p != 0.0 or (window is not None and strict_window):
+        options |= {"dropout_p": dropout_p, "enable_gqa": enable_gqa, "strict_window": strict_window}
+        return reference.sea_attention(query, key, value, estimated, attn_mask, **options)
+    check_attention(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, window=window)
+    out: Tensor = sea_attention_op(query, key, value, estimated, attn_mask, **options)
+    return out
+
+
+sea_attention.__doc__ = reference.sea_attention.__doc__
+
+
+@torch.library.custom_op(NAME, mutates_args=())
+def sea_attention_op(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -35,7 +77,7 @@ def sea_attention(
     mix: Tensor | None,
 ) -> Tensor:
     """Compute ``reference.sea_attention`` without dropout; a window is not refused here."""
-    return reference(
+    return reference.sea_attention(
         query,
         key,
         value,
@@ -54,7 +96,7 @@ def sea_attention(
     ).contiguous()
 
 
-@sea_attention.register_fake
+@sea_attention_op.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_others: Any) -> Tensor:
     return query.new_empty((*query.shape[:3], value.shape[-1]))
 
@@ -146,7 +188,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
-sea_attention.register_autograd(_backward, setup_context=_setup_context)
+sea_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _pairs(query: tuple[int, ...], is_causal: bool, window: int | None, budget: int) -> int:

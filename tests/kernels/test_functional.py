@@ -7,6 +7,8 @@ import torch
 
 import attnrewrite
 from attnrewrite import functional
+from attnrewrite.kernels.routing import reference as routing
+from attnrewrite.kernels.sea import reference as sea
 from attnrewrite.kernels.selective import reference as selective
 from attnrewrite.kernels.ssa import reference as ssa
 from attnrewrite.kernels.symmetric import reference as symmetric
@@ -43,6 +45,8 @@ def test_arguments_follow_torch(name):
 @pytest.mark.parametrize(
     ("ours", "dense"),
     [
+        (functional.routing_attention, routing.routing_attention),
+        (functional.sea_attention, sea.sea_attention),
         (functional.selective_attention, selective.selective_attention),
         (functional.ssa_attention, ssa.ssa_attention),
         (functional.symmetric_attention, symmetric.symmetric_attention),

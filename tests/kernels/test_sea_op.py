@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnrewrite.kernels.diagnostics import LoweringError
 from attnrewrite.kernels.sea import slices
-from attnrewrite.kernels.sea.op import sea_attention as operator
+from attnrewrite.kernels.sea.op import sea_attention_op as operator
 from attnrewrite.kernels.sea.reference import sea_attention
 from attnrewrite.kernels.sea.slices import Rule
 
