@@ -11,9 +11,7 @@ import torch
 from torch import fx
 
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
-from attnrewrite.passes import drawing
 from attnrewrite.passes.attention.form import Attention, Reject
-from attnrewrite.passes.extract import of_anchor, of_site
 from attnrewrite.passes.facts.collect import FactReader
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.graph.nodes import source_line
@@ -30,7 +28,7 @@ LEFT_AS_IT_IS = ("AR401", "AR404")
 """Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Pipeline:
     """Runs the passes over captured graphs. ``verify`` proves every site before anything is done with it.
 
@@ -53,9 +51,7 @@ class Pipeline:
         rows = [self._row(site, report, reader) for site in found.attentions]
         report.sites = rows + [refused_row(row) for _, row in found.refused]
         if self.draw:
-            extracts = [*map(of_site, found.attentions), *(of_anchor(anchor) for anchor, _ in found.refused)]
-            for row, extract in zip(report.sites, extracts, strict=True):
-                row.before = drawing.add(report, drawing.drawing(extract))
+            self._before(found, report)
         report.rejections = found.not_attention
         return report, found
 
@@ -140,6 +136,8 @@ class Pipeline:
         """Draw what the variant would make of the site; nothing is rewritten."""
         if not self.draw:
             return
+        from attnrewrite.passes import drawing
+
         if self.parameters is not None and not request.parameters:
             request = replace(request, parameters=drawing.stand_ins(site, self.parameters(site)))
         with timed(report, "draw"):
@@ -150,8 +148,20 @@ class Pipeline:
                 row.rejections.append(Rejection("AR901", detail, row.layer, row.source))
                 row.status = "rejected"
 
+    def _before(self, found: Found, report: Report) -> None:
+        """Draw every site as it is. Drawing is imported where it happens: most processes draw nothing."""
+        from attnrewrite.passes import drawing
+        from attnrewrite.passes.extract import of_anchor, of_site
+
+        extracts = [*map(of_site, found.attentions), *(of_anchor(anchor) for anchor, _ in found.refused)]
+        for row, extract in zip(report.sites, extracts, strict=True):
+            row.before = drawing.add(report, drawing.drawing(extract))
+
     def _after(self, site: Attention, request: Request, report: Report) -> str:
         """Draw what takes the place of the site; it is traced once, also for the rewrite itself."""
+        from attnrewrite.passes import drawing
+        from attnrewrite.passes.extract import of_site
+
         rule = RULES[request.variant]
         traced, nodes = self.lowering.traced(site, rule, request)
         roles = of_site(site).roles | {node: name for name, node in rule.extra(site, request).items()}

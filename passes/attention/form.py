@@ -35,7 +35,7 @@ class Reject(Exception):  # noqa: N818  # a verdict on a match, not an error of 
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Term:
     """One thing done to the scores after scaling and soft-cap.
 
@@ -66,7 +66,7 @@ class Sink:
     last: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Scores:
     """Affine normal form: ``softcap(alpha · ⟨q, k⟩ · Π factors)``, then ``terms`` in order, ``floor``, ``sink``.
 
@@ -86,7 +86,7 @@ class Scores:
     shifts: list[tuple[fx.Node, Layout]] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Operand:
     """A query, key or value: the value that the rewrite reads, and where its symbols lie."""
 
@@ -125,7 +125,7 @@ class Gate:
     divide: bool
 
 
-@dataclass
+@dataclass(eq=False)
 class Visibility:
     """The masks of a site, understood.
 
@@ -166,7 +166,7 @@ class Matched(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Attention:
     """One attention site: ``output = softmax_j(scores) · value`` with every axis named.
 

@@ -34,7 +34,7 @@ class Needs(Flag):
     GATHER = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class BiasReader:
     """Classifies the biases of one captured graph; layers share what they have in common."""
 

@@ -10,7 +10,7 @@ from torch import fx
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.graph.nodes import NAME, clean_path
 
-_HELD = re.compile(r"\._(?:parameters|buffers)\['(.+?)'\]")
+_HELD = r"\._(?:parameters|buffers)\['(.+?)'\]"
 
 
 def weight_name(node: fx.Node | None, capture: Capture) -> str | None:
@@ -23,4 +23,4 @@ def weight_name(node: fx.Node | None, capture: Capture) -> str | None:
         return str(node.meta.get(NAME, node.target))
     source: Any = getattr(getattr(node, "_dynamo_source", None), "name", None)
     name = source() if callable(source) else source
-    return clean_path(_HELD.sub(r".\1", name)) if name else None
+    return clean_path(re.sub(_HELD, r".\1", name)) if name else None

@@ -22,11 +22,11 @@ _DEPTH = 120
 
 _LINEAR = {"linear", "conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
 _PRODUCTS = {"addmm", "mm", "matmul", "bmm", "baddbmm", "einsum", "addbmm"}
-_ATTENDS = re.compile(r"^_?(safe_)?softmax$|scaled_dot_product|^(lstm|gru|rnn_\w+)$")
-_OPAQUE = re.compile(r"pack|_scaled_mm|_int_mm|fbgemm|mkldnn|^quantized|_native_multi_head")
+_ATTENDS = r"^_?(safe_)?softmax$|scaled_dot_product|^(lstm|gru|rnn_\w+)$"
+_OPAQUE = r"pack|_scaled_mm|_int_mm|fbgemm|mkldnn|^quantized|_native_multi_head"
 _FIRST_ONLY = {"type_as", "expand_as", "view_as", "reshape_as", "layer_norm", "native_layer_norm", "rms_norm"}
 _FIRST_ONLY |= {"_fused_rms_norm", "group_norm", "batch_norm", "instance_norm", "attnrewrite::enter"}
-_SHAPE_ONLY = re.compile(r"^(new_|sym_|size$|numel$)|_like$")
+_SHAPE_ONLY = r"^(new_|sym_|size$|numel$)|_like$"
 _CUTS = {"slice", "narrow", "select", "split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split"}
 
 
@@ -44,7 +44,7 @@ class Linear:
     cuts: tuple[str, ...] = ()
 
 
-@dataclass
+@dataclass(eq=False)
 class Trail:
     """The way back from an operand: the values passed, nearest first, and where it ends.
 
@@ -59,7 +59,7 @@ class Trail:
     leaves: list[fx.Node] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(eq=False)
 class Provenance:
     """Answers where values of one captured graph come from."""
 
@@ -252,7 +252,7 @@ def _written_into(node: fx.Node) -> list[fx.Node]:
 
 @functools.cache
 def _reads_shapes(name: str) -> bool:
-    return _SHAPE_ONLY.search(name) is not None
+    return re.search(_SHAPE_ONLY, name) is not None
 
 
 @functools.cache
@@ -260,7 +260,7 @@ def _is_unreadable(name: str) -> bool:
     space, _, inner = name.rpartition("::")
     if space in ("attnrewrite", "quantized_decomposed", "prims"):
         return False
-    return bool(space) or _OPAQUE.search(inner) is not None or _ATTENDS.search(inner) is not None
+    return bool(space) or re.search(_OPAQUE, inner) is not None or re.search(_ATTENDS, inner) is not None
 
 
 def _is_float(node: fx.Node) -> bool:

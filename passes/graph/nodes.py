@@ -9,9 +9,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import fx
 
-_ROOT = re.compile(r"^L\[.*?\](\.|$)|^L__self__(\.|$|_)")
-_MODULES = re.compile(r"_modules\[['\"](.+?)['\"]\]|\[(\d+)\]")
-_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+_ROOT = r"^L\[.*?\](\.|$)|^L__self__(\.|$|_)"
+_MODULES = r"_modules\[['\"](.+?)['\"]\]|\[(\d+)\]"
+_FRAME = r'File "(.+?)", line (\d+)'
 
 
 def op(node: object) -> str:
@@ -108,8 +108,8 @@ def layer_path(node: fx.Node) -> str:
 
 def clean_path(path: str) -> str:
     """Turn ``L['self'].model.layers[0].attn`` and ``L['self']._modules['model']`` forms into plain paths."""
-    path = _ROOT.sub("", path)
-    path = _MODULES.sub(lambda m: "." + (m.group(1) or m.group(2)), path)
+    path = re.sub(_ROOT, "", path)
+    path = re.sub(_MODULES, lambda m: "." + (m.group(1) or m.group(2)), path)
     return re.sub(r"\.+", ".", path).strip(".").removeprefix("_orig_mod.").removeprefix("_orig_mod")
 
 
@@ -126,7 +126,7 @@ def common_layer(nodes: list[fx.Node]) -> str:
 
 def source_line(node: fx.Node) -> str:
     """Return ``file.py:line`` of the model's code that made the node; the file with its last folder."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    frames = re.findall(_FRAME, node.meta.get("stack_trace") or "")
     frames = [frame for frame in frames if "/torch/nn/" not in frame[0]] or frames
     if not frames:
         return ""
