@@ -219,7 +219,8 @@ def _load_function(reference: str, options: LoadOptions) -> LoadedModel:
     module = _import(module_name, reference)
     function = getattr(module, name, None)
     if not callable(function):
-        names = [key for key, value in vars(module).items() if isinstance(value, FunctionType) and key[0] != "_"]
+        held = [key for key, value in vars(module).items() if isinstance(value, FunctionType) and key[0] != "_"]
+        names = held or [key for key in dir(module) if key[0] != "_"]  # a lazy module holds nothing yet
         raise error("AR103", f"module {module_name!r} has no function {name!r}: {closest(name, names)}")
     try:
         made = function()
