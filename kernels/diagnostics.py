@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Diagnostic:
     """One thing that can go wrong: a stable code, a title, why it happens, what to do.
 

@@ -28,7 +28,7 @@ LEFT_AS_IT_IS = ("AR401", "AR404")
 """Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Pipeline:
     """Runs the passes over captured graphs. ``verify`` proves every site before anything is done with it.
 

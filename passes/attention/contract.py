@@ -15,7 +15,7 @@ from attnrewrite.passes.graph.nodes import is_node, is_weight, op, shape
 CONTRACTIONS = {"matmul", "bmm", "baddbmm", "mm", "einsum"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Contraction:
     """``left`` and ``right`` operands with their layouts; ``summed`` is the symbol that the product removes."""
 

@@ -35,7 +35,7 @@ class Reject(Exception):  # noqa: N818  # a verdict on a match, not an error of 
         )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Term:
     """One thing done to the scores after scaling and soft-cap.
 
@@ -52,7 +52,7 @@ class Term:
     zero_one: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Sink:
     """A further column of scores, ``node`` [.., 1], that takes weight and gives no value.
 
@@ -66,7 +66,7 @@ class Sink:
     last: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Scores:
     """Affine normal form: ``softcap(alpha · ⟨q, k⟩ · Π factors)``, then ``terms`` in order, ``floor``, ``sink``.
 
@@ -86,7 +86,7 @@ class Scores:
     shifts: list[tuple[fx.Node, Layout]] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Operand:
     """A query, key or value: the value that the rewrite reads, and where its symbols lie."""
 
@@ -94,7 +94,7 @@ class Operand:
     layout: Layout
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Join:
     """Keys, or values, in two blocks, the second behind the first.
 
@@ -106,7 +106,7 @@ class Join:
     cols: tuple[Dim, Dim]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Leaf:
     """A condition for a key to be visible: ``node > threshold``, or the boolean ``node == polarity``."""
 
@@ -116,7 +116,7 @@ class Leaf:
     threshold: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Gate:
     """A factor on the attention weights that does not depend on the key: it scales the output."""
 
@@ -125,7 +125,7 @@ class Gate:
     divide: bool
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Visibility:
     """The masks of a site, understood.
 
@@ -166,7 +166,7 @@ class Matched(Protocol):
         ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attention:
     """One attention site: ``output = softmax_j(scores) · value`` with every axis named.
 

@@ -12,7 +12,7 @@ from attnrewrite.passes.attention.form import Reject, Scores, Term
 from attnrewrite.passes.graph.axes import Layout
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Step:
     """One thing done to the scores."""
 

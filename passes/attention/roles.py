@@ -23,7 +23,7 @@ from attnrewrite.passes.graph.axes import (
 from attnrewrite.passes.graph.nodes import shape, tensor
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Roles:
     """The axes of a site by their meaning; see ``Attention``."""
 

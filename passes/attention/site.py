@@ -27,7 +27,7 @@ def nodes_read(site: Attention) -> list[fx.Node]:
     return [node for node in dict.fromkeys(nodes) if node.graph is site.output.graph]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class SiteTensors:
     """The tensors of a site while a rewrite is traced. ``extra`` holds what a rule asked for by name."""
 

@@ -15,7 +15,7 @@ CASTS = {"to", "_to_copy", "type_as", "float"}
 _SAME = CASTS | {"expand", "expand_as", "alias", "clone", "contiguous", "detach"}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Softmax:
     """``node = softmax(scores)`` along dim ``axis``; ``steps`` are the nodes between where it is written out."""
 

@@ -34,7 +34,7 @@ class Needs(Flag):
     GATHER = 4
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class BiasReader:
     """Classifies the biases of one captured graph; layers share what they have in common."""
 

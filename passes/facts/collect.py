@@ -26,7 +26,7 @@ T = TypeVar("T")
 _SAME_VALUE = {*ALIASES, *RESHAPES, *CASTS, "transpose", "permute", "expand", "unsqueeze", "squeeze", "dropout", "t"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class FactReader:
     """Reads the facts of the sites of one captured graph. It never raises: what is not known is None."""
 

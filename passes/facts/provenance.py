@@ -34,7 +34,7 @@ class Unknown(Exception):  # noqa: N818  # an answer, not an error
     """A walk has reached its bound."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Linear:
     """One linear map: its ``node``, the value it maps, its weight's placeholder, and how that is cut."""
 
@@ -44,7 +44,7 @@ class Linear:
     cuts: tuple[str, ...] = ()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Trail:
     """The way back from an operand: the values passed, nearest first, and where it ends.
 
@@ -59,7 +59,7 @@ class Trail:
     leaves: list[fx.Node] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Provenance:
     """Answers where values of one captured graph come from."""
 

@@ -16,7 +16,7 @@ from torch import fx
 from attnrewrite.passes.graph.capture import Capture
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Assumption:
     """Argument ``index`` of the graph has the values ``expected``; last seen as ``(identity, version)``."""
 
@@ -50,7 +50,7 @@ def assumptions(capture: Capture, nodes: Iterable[fx.Node]) -> list[Assumption]:
     return found
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Guarded:
     """A compiled graph that checks its assumptions, and another one for when they fail."""
 

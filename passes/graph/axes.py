@@ -22,7 +22,7 @@ Size = Any
 """An int or a SymInt."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Symbol:
     """One index. ``parts`` are the symbols it was split into, outermost first; empty while it is whole."""
 

@@ -29,7 +29,7 @@ Entry = Literal["dynamo", "export"]
 _CONTEXT = "_checkpoint_context_fn"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Capture:
     """A captured graph.
 

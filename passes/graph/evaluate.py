@@ -30,7 +30,7 @@ class DependsOnData(Exception):  # noqa: N818  # an answer, not an error
     """The value depends on an input of the model."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Evaluator:
     """Computes real values of nodes, with symbolic sizes replaced by ``sizes`` (sympy symbol -> int, else the hint).
 

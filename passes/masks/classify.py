@@ -42,7 +42,7 @@ _OR = {"bitwise_or", "logical_or", "__or__", "__ior__"}
 _NOT = {"bitwise_not", "logical_not"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Parts:
     """Conjuncts of a mask."""
 
@@ -56,7 +56,7 @@ class _Parts:
             self.padding, self.dense = [], [whole]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class MaskReader:
     """Reads the mask terms of one graph; values are shared between sites."""
 

@@ -18,7 +18,7 @@ from attnrewrite.passes.graph.nodes import argument, op, same_value, shape
 NEAREST = "products of one query with two blocks of keys, joined: softmax(cat([query @ key1.mT, query @ key2.mT], -1))"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Block:
     """A product of queries with one block of keys, the layout of its result, and its part of the key axis."""
 

@@ -31,7 +31,7 @@ from attnrewrite.passes.report import Rejection
 FUSED = {"scaled_dot_product_attention"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Found:
     """Everything the recogniser says about one graph."""
 

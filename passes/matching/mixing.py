@@ -17,7 +17,7 @@ _LINEAR = {"linear", "conv2d", "convolution"}
 _REACH = 40
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Mapped:
     """The value that a linear map reads, its layout, and the dim that is mixed."""
 

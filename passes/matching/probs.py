@@ -19,7 +19,7 @@ NEAREST_CUT = "weights[..., :n] @ value1 + weights[..., n:] @ value2, cut where 
 _CHANGES = {"mul", "masked_fill", "where", "div", "add", "sub", "nan_to_num", "pow", "mean", "sum"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Mixed:
     """The product of weights and values: the site's output, its layout, the values, and what was done to the weights.
 
@@ -39,7 +39,7 @@ class Mixed:
     values: Join | None = None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Follower:
     """Follows the weights of one softmax, whose key axis is ``cols`` and which may have a sink column in front."""
 

@@ -19,7 +19,7 @@ LOST = "axes cannot be followed between the scores and the softmax"
 NO_PRODUCT = "the softmax is not fed by a contraction of two activations"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Walk:
     """The path from the softmax to the contraction.
 

@@ -33,7 +33,7 @@ _TRIES = 64
 """Monomorphisms that are tried at one place; more than one is a matter of symmetry."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Host:
     """A graph that is searched; labels are computed once, and so are ``traces`` of patterns at its sizes."""
 

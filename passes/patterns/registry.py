@@ -23,7 +23,7 @@ PATTERNS: dict[str, Pattern] = {}
 """The registered patterns by name, in the order in which they are tried."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Extra:
     """What the patterns find beyond the recogniser: sites, and matches that may not be moved."""
 

@@ -23,7 +23,7 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 _TOLERANCE = 1e-9
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Prover:
     """Proves sites; remembers the verdict of equal subgraphs."""
 

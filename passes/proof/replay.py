@@ -17,7 +17,7 @@ from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, sh
 Sizes = dict[Symbol, int]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Inputs:
     """Test values of the operands (by role), of everything else that the site reads (by node)."""
 
@@ -25,7 +25,7 @@ class Inputs:
     nodes: dict[fx.Node, torch.Tensor]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Replay:
     """Runs the matched subgraph, node by node, at test sizes and in float64."""
 

@@ -23,7 +23,7 @@ _MOVES = {"transpose", "permute", "unsqueeze", "squeeze", "alias", "slice", "t"}
 _STRIDED = {"view", "_unsafe_view", "as_strided", "view_as", "view_as_complex"}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Lowering:
     """Lowers sites; equal sites (the layers of one model) are traced once."""
 

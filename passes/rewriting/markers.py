@@ -24,7 +24,7 @@ ENTER = "attnrewrite::enter"
 """The operator's name. ``passes/rewriting/enter.py`` defines it, for models that are converted."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Marker:
     """One marker in a graph, and what it asks for."""
 

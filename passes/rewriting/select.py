@@ -12,7 +12,7 @@ from attnrewrite.passes.rewriting.markers import Marker
 from attnrewrite.passes.rules.base import Request
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Plan:
     """One variant for the layers that ``targets`` name and ``exclude`` does not."""
 

@@ -13,7 +13,7 @@ from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Request:
     """What is wanted at a site: a variant with its config, and where it has parameters, their nodes and the marker."""
 
