@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +30,10 @@ Plan = VariantConfig | str | Mapping[str, VariantConfig | str]
 
 @dataclass
 class EnterHook:
-    """Forward pre-hook of a converted layer: passes the layer's input and new parameters through the marker op.
+    """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
 
-    A plain object without handles, so that a converted model can be copied and pickled.
+    ``names`` are those of the new parameters and buffers. A plain object without handles, so that a converted model
+    can be copied and pickled.
     """
 
     layer: str
@@ -41,21 +44,26 @@ class EnterHook:
         settings = self.config.to_dict()
         self.variant = settings.pop("variant")
         # Written once and not at each call, because Dynamo would have to trace the writing.
+        self.paths = [name.split(".") for name in self.names]
         self.site = markers.encode(self.layer, self.variant, settings, self.names)
+        self.learning = self.site
+        if self.config.learns_from_inputs:
+            self.learning = markers.encode(self.layer, self.variant, settings, self.names, learning=True)
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Replace the first floating-point tensor among the inputs by the marker's result."""
         holder = getattr(module, self.variant, None)
-        parameters = [getattr(holder, name) for name in self.names]
+        state = [functools.reduce(getattr, path, holder) for path in self.paths]
+        site = self.learning if module.training else self.site
         for index, value in enumerate(args):
             if _is_layer_input(value):
-                marked = enter(value, parameters, self.site)
+                marked = enter(value, state, site)
                 return (*args[:index], marked, *args[index + 1 :]), kwargs
         for key, value in kwargs.items():
             if _is_layer_input(value):
-                return args, {**kwargs, key: enter(value, parameters, self.site)}
+                return args, {**kwargs, key: enter(value, state, site)}
         raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
 
 
@@ -167,13 +175,22 @@ def conversion_of(model: torch.nn.Module) -> Conversion | None:
 
 def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield the names, as in ``state_dict``, and the parameters that ``convert`` added."""
+    for prefix, holder in _holders(model):
+        for name, parameter in holder.named_parameters():
+            yield prefix + name, parameter
+
+
+def new_state(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names, as in ``state_dict``, and the values of the parameters and buffers that ``convert`` added."""
+    for prefix, holder in _holders(model):
+        for name, value in holder.state_dict().items():
+            yield prefix + name, value
+
+
+def _holders(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     for path, hook in _named_hooks(model):
-        holder = model.get_submodule(path)
-        for name in hook.names:
-            yield (
-                ".".join(filter(None, (path, hook.config.variant, name))),
-                getattr(getattr(holder, hook.config.variant), name),
-            )
+        if hook.names:
+            yield ".".join(filter(None, (path, hook.variant))) + ".", getattr(model.get_submodule(path), hook.variant)
 
 
 def compile_in_place(model: torch.nn.Module) -> None:
@@ -196,7 +213,7 @@ def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: t
     names: tuple[str, ...] = ()
     if holder is not None:
         owner.register_module(config.variant, holder)
-        names = tuple(name for name, _ in holder.named_parameters())
+        names = tuple(name for name, _ in itertools.chain(holder.named_parameters(), holder.named_buffers()))
     hook = EnterHook(layer, config, names)
     if owner is model:
         model.forward = MarkedForward(hook, model, model.forward)
@@ -226,7 +243,7 @@ def _remove(model: torch.nn.Module) -> None:
                 del owner._forward_pre_hooks[key]
                 owner._forward_pre_hooks_with_kwargs.pop(key, None)
         if hook.names:
-            delattr(owner, hook.config.variant)
+            delattr(owner, hook.variant)
     model._compiled_call_impl = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ def inspect_capture(capture: Capture, config: VariantConfig | None = None) -> tu
 def _parameters_of(config: VariantConfig) -> Callable[[Attention], Mapping[str, torch.Tensor]] | None:
     def parameters(site: Attention) -> Mapping[str, torch.Tensor]:
         query = site.query.node.meta["val"]
-        return dict(config.module(site, query.device, query.dtype).named_parameters())
+        module = config.module(site, query.device, query.dtype)
+        return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
     return parameters if config.adds_parameters else None
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import attnrewrite
-from attnrewrite.conversion import Conversion, compile_in_place, conversion_of, install, new_parameters
+from attnrewrite.conversion import Conversion, compile_in_place, conversion_of, install, new_parameters, new_state
 from attnrewrite.errors import AttnRewriteWarning
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.variants import VariantConfig
@@ -46,7 +46,7 @@ def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool
     with new_folder(Path(path), overwrite) as folder:
         save = getattr(model, "save_pretrained", None)
         if callable(save):
-            added = {name for name, _ in new_parameters(model)}
+            added = {name for name, _ in new_state(model)}
             base = {key: value for key, value in model.state_dict().items() if key not in added}
             save(folder, state_dict=base)
         _write(model, conversion, folder)
@@ -160,11 +160,11 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 def _write(
     model: torch.nn.Module, conversion: Conversion, folder: Path, report: Mapping[str, Any] | None = None
 ) -> None:
-    parameters = dict(new_parameters(model))
+    state = dict(new_state(model))
     sites = []
     for layer, config in conversion.sites.items():
         prefix = ".".join(filter(None, (layer, config.variant))) + "."
-        shapes = {k.removeprefix(prefix): list(v.shape) for k, v in parameters.items() if k.startswith(prefix)}
+        shapes = {k.removeprefix(prefix): list(v.shape) for k, v in state.items() if k.startswith(prefix)}
         sites.append({"layer": layer, "config": config.to_dict(), "parameters": shapes})
     data = {
         "schema_version": SCHEMA_VERSION,
@@ -175,7 +175,7 @@ def _write(
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
     (folder / REPORT).write_text(json.dumps(report or {"sites": [s["layer"] for s in sites]}, indent=2) + "\n")
-    save_file({name: value.detach().cpu().contiguous() for name, value in parameters.items()}, folder / WEIGHTS)
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
     if not (folder / CARD).exists():
         (folder / CARD).write_text(_card(model, conversion))
 
@@ -242,15 +242,15 @@ def _holder(
     if not shapes:
         return layer, config, None
     holder = config.empty_module(shapes)
-    for name, parameter in holder.named_parameters():
+    for name, kept in holder.state_dict(keep_vars=True).items():
         key = ".".join(filter(None, (layer, config.variant, name)))
         value = weights.pop(key, None)
         if value is None:
             raise error("AR603", f"{WEIGHTS} lacks {key}")
-        if value.shape != parameter.shape:
-            raise error("AR603", f"{key} is {list(value.shape)} in {WEIGHTS} and {list(parameter.shape)} in {CONFIG}")
+        if value.shape != kept.shape:
+            raise error("AR603", f"{key} is {list(value.shape)} in {WEIGHTS} and {list(kept.shape)} in {CONFIG}")
         with torch.no_grad():
-            parameter.copy_(value)
+            kept.copy_(value)
     device = next((p.device for p in modules[layer].parameters()), torch.device("cpu"))
     return layer, config, holder.to(device)
 

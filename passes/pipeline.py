@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import fx
 
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
 from attnrewrite.passes.attention.form import Attention, Reject
-from attnrewrite.passes.facts.collect import FactReader
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.graph.nodes import source_line
 from attnrewrite.passes.matching.match import Found, match
@@ -23,6 +24,9 @@ from attnrewrite.passes.rewriting.lower import Lowering
 from attnrewrite.passes.rewriting.select import Plan, request_for
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
+
+if TYPE_CHECKING:
+    from attnrewrite.passes.facts.collect import FactReader
 
 LEFT_AS_IT_IS = ("AR401", "AR404")
 """Codes with which a recognised site keeps the model's own operations, at no loss of meaning."""
@@ -47,9 +51,7 @@ class Pipeline:
         report = Report(entry=capture.entry)
         with timed(report, "match"):
             found = match(capture)
-        reader = FactReader(capture)
-        rows = [self._row(site, report, reader) for site in found.attentions]
-        report.sites = rows + [refused_row(row) for _, row in found.refused]
+        report.sites = self._rows(capture, found, report) + [refused_row(row) for _, row in found.refused]
         if self.draw:
             self._before(found, report)
         report.rejections = found.not_attention
@@ -103,6 +105,15 @@ class Pipeline:
             for buffer in site.visibility.assumed
         ]
         return report, assumed
+
+    def _rows(self, capture: Capture, found: Found, report: Report) -> list[Site]:
+        """Describe and prove every site. What reads facts is imported here: most graphs hold no attention."""
+        if not found.attentions:
+            return []
+        from attnrewrite.passes.facts.collect import FactReader
+
+        reader = FactReader(capture)
+        return [self._row(site, report, reader) for site in found.attentions]
 
     def _row(self, site: Attention, report: Report, reader: FactReader) -> Site:
         with timed(report, "describe"):

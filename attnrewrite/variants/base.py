@@ -54,12 +54,17 @@ class VariantConfig:
         """Whether a converted model computes the same function before it is trained."""
         return False
 
+    @property
+    def learns_from_inputs(self) -> bool:
+        """Whether a layer in training updates buffers from what it sees, apart from gradients."""
+        return False
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """Return the module that holds the parameters of one layer, at their initial values."""
+        """Return the module that holds the parameters and buffers of one layer, at their initial values."""
         raise NotImplementedError
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
-        """Return the same module for parameters of known shapes, to load saved ones into."""
+        """Return the same module for state of known shapes, with names as in ``state_dict``, to load values into."""
         raise NotImplementedError
 
     @classmethod

@@ -91,6 +91,7 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
                 facts,
                 result,
                 request.variant,
+                request.learning,
                 config,
                 len(seen.padding),
                 len(seen.documents),

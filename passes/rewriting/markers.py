@@ -34,11 +34,10 @@ class Marker:
     used: bool = False
 
 
-def encode(layer: str, variant: str, config: Mapping[str, Any], names: Sequence[str]) -> str:
+def encode(layer: str, variant: str, config: Mapping[str, Any], names: Sequence[str], *, learning: bool = False) -> str:
     """Return the marker's ``site`` argument."""
-    return json.dumps(
-        {"layer": layer, "variant": variant, "config": dict(config), "names": list(names)}, sort_keys=True
-    )
+    what = {"layer": layer, "variant": variant, "config": dict(config), "names": list(names), "learning": learning}
+    return json.dumps(what, sort_keys=True)
 
 
 def find(capture: Capture) -> list[Marker]:
@@ -50,7 +49,7 @@ def find(capture: Capture) -> list[Marker]:
                 continue
             what = json.loads(str(node.args[2]))
             parameters = dict(zip(what["names"], node.args[1], strict=True))
-            request = Request(what["variant"], what["config"], parameters, node)
+            request = Request(what["variant"], what["config"], parameters, node, what["learning"])
             found.append(Marker(node, layer_path(node) or what["layer"], request))
     return found
 

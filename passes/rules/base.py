@@ -15,12 +15,17 @@ from attnrewrite.passes.attention.site import SiteTensors
 
 @dataclass(eq=False, repr=False)
 class Request:
-    """What is wanted at a site: a variant with its config, and where it has parameters, their nodes and the marker."""
+    """What is wanted at a site: a variant with its config, and in a converted model the marker and what it carries.
+
+    ``parameters`` are the nodes of the layer's new parameters and buffers; the first argument of ``marker`` is the
+    layer's input. ``learning``: the layer trains, and the variant learns from what it sees, apart from gradients.
+    """
 
     variant: str
     config: Mapping[str, Any] = field(default_factory=dict)
     parameters: Mapping[str, fx.Node] = field(default_factory=dict)
     marker: fx.Node | None = None
+    learning: bool = False
 
 
 class Rule(Protocol):

@@ -1,0 +1,95 @@
+"""Observe: run a model as it is, and look at the tensors of every attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnrewrite.explanation import uncompiled, without_cache
+from attnrewrite.passes.attention.form import Attention
+from attnrewrite.passes.attention.site import SiteTensors, nodes_read
+from attnrewrite.passes.graph.capture import Capture, from_dynamo
+from attnrewrite.passes.matching.match import match
+from attnrewrite.passes.rewriting import markers
+from attnrewrite.passes.rewriting.select import Plan, request_for
+from attnrewrite.passes.rules import RULES
+from attnrewrite.passes.rules.base import Request
+from attnrewrite.verification import evaluating
+
+Batch = torch.Tensor | Sequence[Any] | Mapping[str, Any]
+"""One call of a model: its only input, its positional inputs, or its keyword inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One attention while the model runs: ``tensors`` hold real values, ``tensors.extra`` what the variant reads.
+
+    ``request`` is what a conversion wants here; in a model that is not converted, the exact rewrite.
+    """
+
+    site: Attention
+    request: Request
+    tensors: SiteTensors
+
+
+def observe(model: torch.nn.Module, batches: Iterable[Batch], see: Callable[[Observed], None]) -> None:
+    """Run ``model`` on ``batches`` in eval mode, without gradients, and call ``see`` at each attention, in order.
+
+    A converted model runs as it was before: every layer sees what the original one sees. Nothing of it is changed.
+    Raises what the model raises.
+    """
+    backend = _Backend(see)
+    with uncompiled(model), evaluating(model):
+        run = torch.compile(model, backend=backend)
+        for batch in batches:
+            args, kwargs = call(batch)
+            with without_cache(model, kwargs) as inputs:
+                run(*args, **inputs)
+
+
+def call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of one call."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return ((batch,) if isinstance(batch, torch.Tensor) else tuple(batch)), {}
+
+
+@dataclass(eq=False)
+class _Backend:
+    """Runs graphs as they are, with one call of ``see`` behind every attention."""
+
+    see: Callable[[Observed], None]
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        capture = from_dynamo(gm, example_inputs)
+        marked = markers.find(capture)
+        for site in match(capture).attentions:
+            request = request_for(site, marked, Plan())
+            assert request is not None  # a plan without targets names every layer
+            self._tap(site, request)
+        for marker in marked:
+            markers.consume(marker)
+        _recompile(capture)
+        return capture.module
+
+    def _tap(self, site: Attention, request: Request) -> None:
+        extra = RULES[request.variant].extra(site, request)
+        nodes = list(dict.fromkeys([*nodes_read(site), *extra.values()]))
+
+        def tap(*values: Any) -> None:
+            by_node = dict(zip(nodes, values, strict=True))
+            tensors = SiteTensors(site, by_node, {name: by_node[node] for name, node in extra.items()})
+            self.see(Observed(site, request, tensors))
+
+        with site.output.graph.inserting_after(max([site.output, *nodes])):
+            site.output.graph.call_function(tap, tuple(nodes))
+
+
+def _recompile(capture: Capture) -> None:
+    for module in capture.graphs():
+        module.graph.lint()
+        module.recompile()
