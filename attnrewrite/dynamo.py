@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,3 +39,14 @@ def unchanged_buffers(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
+
+
+def wide_limits() -> dict[str, Any]:
+    """Return arguments of torch.compile for a model that is called in many ways.
+
+    One that is generated with, trained, evaluated and observed meets more kinds of calls than torch's usual limit of
+    eight, beyond which torch would run it uncompiled. The limit is for this compilation alone where torch can do so.
+    """
+    known = inspect.signature(torch.compile).parameters
+    limits = {"recompile_limit": 64, "isolate_recompiles": True}
+    return {name: value for name, value in limits.items() if name in known}

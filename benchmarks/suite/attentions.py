@@ -26,7 +26,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's fused attention."""
+    """Torch's fused attention."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 

@@ -67,7 +67,7 @@ class SelectiveRule:
         protect = bool(request.config.get("protect_first", True))
 
         def selective(t: SiteTensors) -> torch.Tensor:
-            q, k, v = common_dtype(t.query(), t.key(), t.value())
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
             padding, documents, bias = t.padding(), t.documents(), t.bias()
             seen = padding if documents is None else documents if padding is None else padding & documents
             mask = seen

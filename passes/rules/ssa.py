@@ -46,13 +46,13 @@ class SSARule:
             return torch.sigmoid(value) if sigmoid else value
 
         def ssa(t: SiteTensors) -> torch.Tensor:
-            q, k, v = common_dtype(t.query(), t.key(), t.value())
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
             projection = query_projection(t.site)
             raw = t.extra["projection"]
             raw = t.arranged(raw, projection.layout, t.site.query_layout)
             q_index, v_index = positions(t)
             tau_q = temperature(raw, t.extra["q_gate"], gain(t.extra["q_gain"]), q_index)
-            tau_v = temperature(v, t.extra["v_gate"], gain(t.extra["v_gain"]), v_index)
+            tau_v = temperature(t.value(), t.extra["v_gate"], gain(t.extra["v_gain"]), v_index)
             mask, is_causal = mask_arguments(t, q.dtype)
             return ssa_attention(
                 q,
