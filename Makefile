@@ -33,6 +33,7 @@ lint: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python -m attnrewrite.render.diagnostics docs/diagnostics.md
+	$(BIN)/python benchmarks/variant_tables.py docs/variants.md
 
 # An hour: every family at every entry. VISION names a folder with timm and torchvision; without it their rows stay as
 # they are.

@@ -31,7 +31,7 @@ from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.evaluate import DependsOnData, Evaluator, literals
 from attnrewrite.passes.graph.nodes import is_node, op, tensor
-from attnrewrite.passes.masks.documents import split_documents
+from attnrewrite.passes.masks.documents import same_number, split_documents
 from attnrewrite.passes.masks.grids import draw, grid, name_grid
 from attnrewrite.passes.masks.selection import affine_selection
 from attnrewrite.passes.masks.smallness import is_small
@@ -102,6 +102,11 @@ class MaskReader:
             seen.facts, fills = Mask("causal", offset=0), [-math.inf]
         if seen.documents and seen.facts.kind == "none":
             seen.facts = Mask("causal", offset=0)
+        if seen.facts.offset == 0 and not seen.documents:
+            seen.documents = [
+                x for x in seen.dense if same_number(x, heads, rows, cols, lambda n: self._is_range(n, rows, cols))
+            ]
+            seen.dense = [x for x in seen.dense if x not in seen.documents]
         if scores.floor is not None:
             fills = [max(f, scores.floor) for f in fills]
         self._describe(seen, fills)

@@ -128,6 +128,22 @@ def test_packed_documents_are_causal_whatever_the_data() -> None:
         assert not (packed(anything) & (j > i)).any()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_numbers_under_a_causal_mask_are_documents(causal: bool) -> None:
+    """Numbers of documents, however they are written; without a causal mask they stay a custom one."""
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 5, 5]] * 2)
+
+    def hidden(m: Masked, x: Tensor, n: Tensor) -> Tensor:
+        same = n[:, :, None] == n[:, None, :]
+        i = torch.arange(x.shape[1])
+        return ~(same & (i[None, :] <= i[:, None])) if causal else ~same
+
+    site = site_of(Masked(hidden, fill=True), X, numbers)
+    assert site.mask.kind == ("causal+documents" if causal else "custom")
+    heads = site_of(Masked(lambda m, x, n: ~(n.float()[:, :, None] == n.float()[:, None, :]), fill=True), X, numbers)
+    assert heads.mask.kind == "custom"
+
+
 def test_order_alone_is_not_taken_for_causal() -> None:
     def mask(m: Masked, x: Tensor, p: Tensor) -> Tensor:
         return ~(p[:, None, :] <= p[:, :, None])
