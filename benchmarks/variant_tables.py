@@ -195,11 +195,10 @@ def _leaf(value: Any) -> Any:
 
 
 def _count(attend: Callable[[], Tensor]) -> list[float]:
-    kept: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no later one comes to lie at the same address
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
         return tensor
 
     with (
@@ -209,7 +208,7 @@ def _count(attend: Callable[[], Tensor]) -> list[float]:
         out = attend()
     with FlopCounterMode(display=False, custom_mapping=FUSED) as backward:
         out.sum().backward()
-    return [forward.get_total_flops(), backward.get_total_flops(), sum(kept.values())]
+    return [forward.get_total_flops(), backward.get_total_flops(), sum(storage.nbytes() for storage in kept.values())]
 
 
 _COSTS = f"""One causal layer of width {MODEL} with {HEADS} heads at N = {LENGTH}: parameters and numbers in buffers

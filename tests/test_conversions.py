@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from typing import Any
-
 import pytest
 import tiny
 import torch
+from scripts import FOLDER, script
 
 from attnrewrite import SelectiveConfig, SSAConfig
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "conversions.py"
 
-
-@pytest.fixture
-def conversions(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(FILE.parent))
-    spec = importlib.util.spec_from_file_location("conversions", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "conversions", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_rows_say_what_a_conversion_did_or_why_it_was_refused(conversions: Any) -> None:
+def test_rows_say_what_a_conversion_did_or_why_it_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An identity is at distance 0 with its parameters counted; a raw one is not; a wrong head is refused."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    conversions = script("conversions")
     model, ids = tiny.llama(), torch.randint(96, (1, 16), generator=torch.Generator().manual_seed(0))
-    score = lambda m: float(m(ids, use_cache=False).logits.std())  # noqa: E731  # a name for one use
+    score = lambda m: float(m(ids, use_cache=False).logits.detach().std())  # noqa: E731  # a name for one use
     subject = conversions.Subject("tiny", model, [ids], [ids], "spread", score)
     recipes = [
         conversions.Recipe("ssa", SSAConfig()),

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
+from scripts import script
 
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def made() -> Any:
-    spec = importlib.util.spec_from_file_location("variant_tables", ROOT / "benchmarks" / "variant_tables.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+PAGE = Path(__file__).parents[1] / "docs" / "variants.md"
 
 
-def test_what_each_variant_covers_is_up_to_date(made: Any) -> None:
+def test_what_each_variant_covers_is_up_to_date() -> None:
+    made = script("variant_tables")
     rows = list(made.behaviour())
     assert len(rows) == 2 + len(made.cases())
-    assert "\n".join(rows) in (ROOT / "docs" / "variants.md").read_text(encoding="utf-8"), "run `make docs`"
+    assert "\n".join(rows) in PAGE.read_text(encoding="utf-8"), "run `make docs`"
 
 
 @pytest.mark.slow
-def test_what_each_variant_costs_is_up_to_date(made: Any) -> None:
-    assert "\n".join(made.costs()) in (ROOT / "docs" / "variants.md").read_text(encoding="utf-8"), "run `make docs`"
+def test_what_each_variant_costs_is_up_to_date() -> None:
+    assert "\n".join(script("variant_tables").costs()) in PAGE.read_text(encoding="utf-8"), "run `make docs`"
