@@ -28,7 +28,7 @@ class Projections:
 
     ``query`` ``[H, D, d]`` and ``key`` ``[Hkv, D, d]`` with biases ``[H, d]`` and ``[Hkv, d]``, or None. Under rotary
     embedding the first ``rotary`` features turn, feature n with n + rotary/2, or if ``interleaved`` 2n with 2n + 1.
-    ``normed``: queries and keys are normalised behind the projections.
+    ``keeps_keys``: what follows the projections is not linear, or not known, so that scores are no product of them.
     """
 
     query: Tensor
@@ -37,7 +37,7 @@ class Projections:
     key_bias: Tensor | None = None
     rotary: int = 0
     interleaved: bool = False
-    normed: bool = False
+    keeps_keys: bool = False
 
     @property
     def biased(self) -> bool:
@@ -72,13 +72,13 @@ class SharedLayer:
 def fit_layer(layer: Projections, moments: Moments | None, form: PairForm | None) -> SharedLayer:
     """Fit every head of a layer: symmetric with ``form`` None, where H = Hkv, else pairwise with that form of S.
 
-    Pairwise keeps the keys as they are under rotary embedding, behind a norm, and where heads share keys; elsewhere
-    keys and S are fitted together. ``moments`` weigh the directions of the inputs; without them all weigh the same.
+    Pairwise keeps the keys as they are under rotary embedding, where heads share keys, and where ``keeps_keys`` says so;
+    elsewhere keys and S are fitted together. ``moments`` weigh the directions of the inputs; without them all weigh the same.
     """
     norms = _Norms.of(layer, moments)
     if form is None:
         heads = [_symmetric_head(layer, norms, h) for h in range(layer.query.shape[0])]
-    elif layer.rotary or layer.normed or layer.query.shape[0] != layer.key.shape[0]:
+    elif layer.rotary or layer.keeps_keys or layer.query.shape[0] != layer.key.shape[0]:
         return with_pair(layer, moments, _pairs_for_keys(layer, norms, form))
     else:
         heads = [_pairwise_head(layer, norms, h, form) for h in range(layer.query.shape[0])]
