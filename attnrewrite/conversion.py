@@ -267,7 +267,8 @@ def install(
         owner.register_module(config.variant, holder)
         names = tuple(name for name, _ in itertools.chain(holder.named_parameters(), holder.named_buffers()))
     swap = swap or Swap({})
-    hook = EnterHook(layer, config, names, {path: model.get_submodule(path) for path in swap.modules}, swap.details)
+    originals = {path: model.get_submodule(path) for path in swap.modules}
+    hook = EnterHook(layer, config, names, originals, {**swap.details, "modules": list(originals)} if originals else {})
     if owner is model:
         model.forward = MarkedForward(hook, model, model.forward)
     else:

@@ -6,8 +6,9 @@ key r, both after whatever the model does to them: rotation, norms, a cache.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import fx
@@ -16,10 +17,14 @@ from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.symmetric.reference import SELF
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
-from attnrewrite.passes.graph.axes import flat_layout, same
+from attnrewrite.passes.graph.axes import flat_layout
 from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
+
+
+_DEPTH = 40
+"""Steps between a projection and the product, at most."""
 
 
 class SymmetricRule:
@@ -69,38 +74,20 @@ class SymmetricRule:
             out = attention(
                 q, k, v, mask, t.site.dropout, is_causal, scale=scale, enable_gqa=t.grouped, softcap=softcap
             )
-            return empty_rows(t, out, q, k, v, forward=softcap is not None)
+            return empty_rows(t, out, q, k, v, forward=mask_self or softcap is not None)
 
         return symmetric
 
 
 def one_value(site: Attention) -> bool:
     """Whether query and key are made by the same steps from the same values: r, not yet joined to earlier ones."""
-    if site.keys is not None or site.scores.factors or not same_length(site) or site.groups:
+    if site.keys is not None or site.scores.factors or site.groups or not same_length(site):
         return False
-    query = [size for dim in flat_layout(site.query.layout) for size in dim]
-    key = [size for dim in flat_layout(site.key.layout) for size in dim]
-    renamed = dict(zip((s for dim in site.query_layout for s in dim), (s for dim in site.key_layout for s in dim)))
-    return [renamed.get(s) for s in query] == key and _same(site.query.node, site.key.node)
-
-
-def _same(a: object, b: object, depth: int = 40) -> bool:
-    """Whether two values are the same; pieces of joined values are the values that were joined."""
-    a, b = _piece(a), _piece(b)
-    if a is b or not (is_node(a) and is_node(b)) or depth == 0:
-        return same_value(a, b)
-    if a.target is not b.target or not isinstance(a.target, torch._ops.OpOverload) or a.target._schema.is_mutable:
-        return False
-    lists = [_arguments(node) for node in (a, b)]
-    return len(lists[0]) == len(lists[1]) and all(_same(x, y, depth - 1) for x, y in zip(*lists, strict=True))
-
-
-def _arguments(node: fx.Node) -> list[object]:
-    """Return all arguments in one list; lists of them are opened."""
-    found: list[object] = []
-    for value in [*node.args, *(node.kwargs[key] for key in sorted(node.kwargs))]:
-        found += [len(value), *value] if isinstance(value, list | tuple) else [value]
-    return found
+    pairs = zip(site.query_layout, site.key_layout, strict=True)
+    renamed = {s: t for dims in pairs for s, t in zip(*dims, strict=False)}
+    laid_out = [tuple(renamed.get(s) for s in dim) for dim in flat_layout(site.query.layout)]
+    alike = laid_out == list(flat_layout(site.key.layout))
+    return alike and same_value(site.query.node, site.key.node, _DEPTH, _piece)
 
 
 def _piece(node: object) -> object:
@@ -111,30 +98,32 @@ def _piece(node: object) -> object:
     if op(split) not in ("split", "split_with_sizes", "chunk") or not is_node(joined) or op(joined) != "cat":
         return node
     parts, rank = joined.args[0], len(shape(joined))
-    dims = {int(argument(joined, 1, "dim", 0)) % rank, int(argument(split, 2, "dim", 0)) % rank}
-    if len(dims) != 1 or not isinstance(parts, list | tuple) or not isinstance(number, int):
+    dim = int(argument(joined, 1, "dim", 0)) % rank
+    if dim != int(argument(split, 2, "dim", 0)) % rank or not isinstance(parts, list | tuple):
         return node
-    dim = dims.pop()
-    pieces = [value.shape[dim] for value in split.meta["val"]]
-    start, end = sum(pieces[:number]), sum(pieces[: number + 1])
-    for part in parts:
-        if is_node(part) and same(start, 0) and same(shape(part)[dim], end):
-            return part
-        width = shape(part)[dim] if is_node(part) else 0
-        start, end = start - width, end - width
-    return node
+    wanted = _edges(split.meta["val"], dim)[int(str(number))]
+    edges = _edges([part.meta["val"] for part in parts], dim)
+    return next((part for part, edge in zip(parts, edges, strict=True) if edge == wanted), node)
+
+
+def _edges(pieces: Sequence[torch.Tensor], dim: int) -> list[tuple[int, int]]:
+    """Return where pieces that lie side by side begin and end."""
+    ends = list(itertools.accumulate(piece.shape[dim] for piece in pieces))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def _without_itself(t: SiteTensors, mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor) -> torch.Tensor:
-    """Return an additive mask that also takes each query's own key away, where there are others.
+    """Return an additive mask [B|1, H|1, L, S] that takes each query's own key away, where it sees others.
 
-    Queries are the last of the keys: those before come from a cache.
+    Where the mask does not say where the queries stand, they are the last of the keys: those before are in a cache.
     """
-    offset = t.width - t.length
-    lag = torch.arange(t.length, device=query.device)[:, None] + offset - torch.arange(t.width, device=query.device)
-    own = torch.where(lag == 0, SELF, 0.0).to(query.dtype)  # [L, S]
+    offset = t.site.visibility.facts.offset
+    rows = torch.arange(t.length, device=query.device)[:, None] + (t.width - t.length if offset is None else offset)
+    lag = rows - torch.arange(t.width, device=query.device)
+    out = torch.zeros_like(lag, dtype=query.dtype)[None, None] if mask is None or mask.dtype == torch.bool else mask
+    if mask is not None and mask.dtype == torch.bool:
+        out = out.masked_fill(~mask, float("-inf"))
     if is_causal:
-        own = own.masked_fill(lag < 0, float("-inf"))
-    if mask is None:
-        return own[None, None]
-    return own.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else mask + own
+        out = out.masked_fill(lag < 0, float("-inf"))
+    hidden = out <= torch.finfo(out.dtype).min / 2  # nothing may be added to the lowest number
+    return torch.where((lag == 0) & ~hidden, out + SELF, out)
