@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from attnrewrite import functional as functional
     from attnrewrite.backend import Backend as Backend
     from attnrewrite.conversion import convert as convert
+    from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
     from attnrewrite.distances import distance as distance
     from attnrewrite.errors import AttnRewriteError as AttnRewriteError
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from attnrewrite.variants import SdpaConfig as SdpaConfig
     from attnrewrite.variants import SelectiveConfig as SelectiveConfig
     from attnrewrite.variants import SSAConfig as SSAConfig
+    from attnrewrite.variants import SymmetricConfig as SymmetricConfig
     from attnrewrite.variants import VariantConfig as VariantConfig
     from attnrewrite.variants import list_variants as list_variants
     from attnrewrite.variants import register_variant as register_variant
@@ -53,10 +55,12 @@ _PUBLIC = {
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",
+    "SymmetricConfig": "variants",
     "VariantConfig": "variants",
     "convert": "conversion",
     "distance": "distances",
     "explain": "explanation",
+    "fit_errors": "conversion",
     "functional": "functional",
     "list_patterns": "patterns",
     "list_variants": "variants",

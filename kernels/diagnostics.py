@@ -307,6 +307,27 @@ _ALL = [
         "A variant needs a name of its own, a config class that carries that name, and a rewrite rule.",
         "see docs/adding_a_variant.md",
     ),
+    Diagnostic(
+        "AR320",
+        "equal queries and keys lose direction",
+        "With form='symmetric' the score of a pair of tokens is the same both ways, and a token scores highest with "
+        "itself among those of its length. The paper tested it in encoders only; in causal layers and with rotary "
+        "embedding it takes away what they tell apart.",
+        "use form='pairwise', or measure what is lost",
+    ),
+    Diagnostic(
+        "AR321",
+        "no shared projection is close enough",
+        "Queries and keys of these layers are too different for one projection: the best one has a larger relative error "
+        "of the scores than max_error. Layers beyond it stay as they are; where all are, nothing is converted.",
+        "raise max_error (1 converts every layer) and train afterwards; attnrewrite.fit_errors(model) shows what was lost",
+    ),
+    Diagnostic(
+        "AR322",
+        "original weights are not at hand",
+        "The conversion removed projections, and the model was loaded from files that hold only what is left.",
+        "load the original model instead",
+    ),
     # AR4xx: lowering
     Diagnostic(
         "AR401",

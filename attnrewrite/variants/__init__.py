@@ -1,5 +1,6 @@
 """The variants: one file each with its config and parameters, and the registry."""
 
+from attnrewrite.variants.base import Swap as Swap
 from attnrewrite.variants.base import VariantConfig as VariantConfig
 from attnrewrite.variants.base import VariantInfo as VariantInfo
 from attnrewrite.variants.base import config_fields as config_fields
@@ -10,6 +11,7 @@ from attnrewrite.variants.base import variant_info as variant_info
 from attnrewrite.variants.sdpa import SdpaConfig as SdpaConfig
 from attnrewrite.variants.selective import SelectiveConfig as SelectiveConfig
 from attnrewrite.variants.ssa import SSAConfig as SSAConfig
+from attnrewrite.variants.symmetric import SymmetricConfig as SymmetricConfig
 
 for _info in (
     VariantInfo(
@@ -35,6 +37,14 @@ for _info in (
         True,
         "Zhang et al., NeurIPS 2024, arXiv 2411.12892",
         SSAConfig,
+    ),
+    VariantInfo(
+        "symmetric",
+        "queries and keys from one projection, with a matrix per head between them",
+        True,
+        True,
+        "Courtois, Ostendorff, Hennig, Rehm, Findings of ACL 2024, arXiv 2406.06366",
+        SymmetricConfig,
     ),
 ):
     register_variant(_info)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from attnrewrite.kernels.diagnostics import closest, error
@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     import torch
 
     from attnrewrite.passes.attention.form import Attention
+    from attnrewrite.passes.graph.capture import Capture
+    from attnrewrite.passes.report import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """What a conversion puts in the place of a layer's own modules.
+
+    ``modules`` by path, as in the model; ``details`` is JSON from which the config makes them again.
+    """
+
+    modules: Mapping[str, torch.nn.Module]
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,32 @@ class VariantConfig:
     def learns_from_inputs(self) -> bool:
         """Whether a layer in training updates buffers from what it sees, apart from gradients."""
         return False
+
+    @property
+    def swaps_modules(self) -> bool:
+        """Whether ``convert`` replaces modules of the model, by ``swaps``, and adds none with ``module``."""
+        return False
+
+    def swaps(
+        self,
+        model: torch.nn.Module,
+        capture: Capture,
+        sites: Mapping[str, tuple[Attention, Site]],
+        run: Callable[[], object],
+    ) -> dict[str, Swap]:
+        """Return what to replace in each layer of ``sites``; a layer that is missing stays as it is.
+
+        ``capture`` is the graph that the sites and their rows of the report come from; ``run`` runs the model, as it is,
+        on the example inputs. The model is not changed. Raises VariantError AR307 and others where that is not possible.
+        """
+        raise NotImplementedError
+
+    def swapped_modules(self, model: torch.nn.Module, details: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
+        """Return the modules of a Swap with these ``details``, to load values into.
+
+        Raises SaveError AR603 where ``model`` has no such modules, AR604 where the details are incomplete.
+        """
+        raise NotImplementedError
 
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the module that holds the parameters and buffers of one layer, at their initial values."""

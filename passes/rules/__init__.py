@@ -4,6 +4,7 @@ from attnrewrite.passes.rules.base import Rule
 from attnrewrite.passes.rules.sdpa import SdpaRule
 from attnrewrite.passes.rules.selective import SelectiveRule
 from attnrewrite.passes.rules.ssa import SSARule
+from attnrewrite.passes.rules.symmetric import SymmetricRule
 
-RULES: dict[str, Rule] = {rule.variant: rule for rule in (SdpaRule(), SelectiveRule(), SSARule())}
+RULES: dict[str, Rule] = {rule.variant: rule for rule in (SdpaRule(), SelectiveRule(), SSARule(), SymmetricRule())}
 """Variant name -> rule. A sixth variant adds itself here through ``attnrewrite.register_variant``."""
