@@ -161,8 +161,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
     The model is left uncompiled. Raises VariantError AR310 where it carries no conversion.
     """
-    if conversion_of(model) is None:
-        raise error("AR310", f"{type(model).__name__} carries no conversion")
+    converted_layers(model)  # raises where there are none
     _remove(model)
     return model
 
@@ -171,6 +170,19 @@ def conversion_of(model: torch.nn.Module) -> Conversion | None:
     """Return what ``model`` was converted to, or None."""
     sites = {hook.layer: hook.config for _, hook in _hooks(model)}
     return Conversion(sites) if sites else None
+
+
+def converted_layers(model: torch.nn.Module) -> dict[str, tuple[VariantConfig, torch.nn.Module | None]]:
+    """Return each converted layer's config, and the module of its new state if it has one.
+
+    Raises VariantError AR310 where the model carries no conversion.
+    """
+    found = {
+        hook.layer: (hook.config, getattr(owner, hook.variant) if hook.names else None) for owner, hook in _hooks(model)
+    }
+    if not found:
+        raise error("AR310", f"{type(model).__name__} carries no conversion")
+    return found
 
 
 def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

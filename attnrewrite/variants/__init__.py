@@ -7,6 +7,7 @@ from attnrewrite.variants.base import list_variants as list_variants
 from attnrewrite.variants.base import parse_config as parse_config
 from attnrewrite.variants.base import register_variant as register_variant
 from attnrewrite.variants.base import variant_info as variant_info
+from attnrewrite.variants.routing import RoutingConfig as RoutingConfig
 from attnrewrite.variants.sdpa import SdpaConfig as SdpaConfig
 from attnrewrite.variants.selective import SelectiveConfig as SelectiveConfig
 from attnrewrite.variants.ssa import SSAConfig as SSAConfig
@@ -35,6 +36,14 @@ for _info in (
         True,
         "Zhang et al., NeurIPS 2024, arXiv 2411.12892",
         SSAConfig,
+    ),
+    VariantInfo(
+        "routing",
+        "tokens attend within clusters that follow the data",
+        True,
+        True,
+        "Roy, Saffar, Vaswani, Grangier, TACL 2021, arXiv 2003.05997",
+        RoutingConfig,
     ),
 ):
     register_variant(_info)
