@@ -26,6 +26,8 @@ if not (Path(__file__).parent / "passes").is_dir():
 if TYPE_CHECKING:
     from attnrewrite import functional as functional
     from attnrewrite.backend import Backend as Backend
+    from attnrewrite.calibration import calibrate as calibrate
+    from attnrewrite.calibration import update as update
     from attnrewrite.conversion import convert as convert
     from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from attnrewrite.patterns import unregister_pattern as unregister_pattern
     from attnrewrite.saving import load_pretrained as load_pretrained
     from attnrewrite.saving import save_pretrained as save_pretrained
+    from attnrewrite.variants import RoutingConfig as RoutingConfig
     from attnrewrite.variants import SdpaConfig as SdpaConfig
     from attnrewrite.variants import SelectiveConfig as SelectiveConfig
     from attnrewrite.variants import SSAConfig as SSAConfig
@@ -52,11 +55,13 @@ _PUBLIC = {
     "AttnRewriteWarning": "errors",
     "Backend": "backend",
     "Report": "passes.report",
+    "RoutingConfig": "variants",
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",
     "SymmetricConfig": "variants",
     "VariantConfig": "variants",
+    "calibrate": "calibration",
     "convert": "conversion",
     "distance": "distances",
     "explain": "explanation",
@@ -70,6 +75,7 @@ _PUBLIC = {
     "restore": "conversion",
     "save_pretrained": "saving",
     "unregister_pattern": "patterns",
+    "update": "calibration",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

@@ -174,8 +174,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
     Raises:
         VariantError: AR310 where it carries no conversion, AR322 where it was loaded without the replaced weights.
     """
-    if conversion_of(model) is None:
-        raise error("AR310", f"{type(model).__name__} carries no conversion")
+    converted_layers(model)  # raises where there are none
     for _, hook in _hooks(model):
         gone = [path for path, old in hook.originals.items() if any(p.is_meta for p in old.parameters())]
         if gone and not any(p.is_meta for p in model.parameters()):
@@ -211,6 +210,19 @@ def original_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.
         for place, old in hook.originals.items():
             for name, parameter in old.named_parameters():
                 yield f"{_place(path, hook, place)}.{name}", parameter
+
+
+def converted_layers(model: torch.nn.Module) -> dict[str, tuple[VariantConfig, torch.nn.Module | None]]:
+    """Return each converted layer's config, and the module of its new state if it has one.
+
+    Raises VariantError AR310 where the model carries no conversion.
+    """
+    found = {
+        hook.layer: (hook.config, getattr(owner, hook.variant) if hook.names else None) for owner, hook in _hooks(model)
+    }
+    if not found:
+        raise error("AR310", f"{type(model).__name__} carries no conversion")
+    return found
 
 
 def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

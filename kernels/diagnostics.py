@@ -308,6 +308,20 @@ _ALL = [
         "see docs/adding_a_variant.md",
     ),
     Diagnostic(
+        "AR315",
+        "converted layer is not calibrated",
+        "The variant's state is made from what the layer sees, and nothing was shown to it. Running on would compute "
+        "something arbitrary.",
+        "call attnrewrite.calibrate(model, batches), or train: the first batch in train mode sets the state",
+    ),
+    Diagnostic(
+        "AR316",
+        "nothing to calibrate",
+        "Calibration runs a converted model on batches of real inputs. No layer of this model learns from them, or "
+        "the batches did not reach a layer that does.",
+        "convert the model to a variant that is calibrated, and pass batches that run its converted layers",
+    ),
+    Diagnostic(
         "AR320",
         "equal queries and keys lose direction",
         "With form='symmetric' the score of a pair of tokens is the same both ways, and a token scores highest with "

@@ -8,6 +8,7 @@ from attnrewrite.variants.base import list_variants as list_variants
 from attnrewrite.variants.base import parse_config as parse_config
 from attnrewrite.variants.base import register_variant as register_variant
 from attnrewrite.variants.base import variant_info as variant_info
+from attnrewrite.variants.routing import RoutingConfig as RoutingConfig
 from attnrewrite.variants.sdpa import SdpaConfig as SdpaConfig
 from attnrewrite.variants.selective import SelectiveConfig as SelectiveConfig
 from attnrewrite.variants.ssa import SSAConfig as SSAConfig
@@ -45,6 +46,14 @@ for _info in (
         True,
         "Courtois, Ostendorff, Hennig, Rehm, Findings of ACL 2024, arXiv 2406.06366",
         SymmetricConfig,
+    ),
+    VariantInfo(
+        "routing",
+        "tokens attend within clusters that follow the data",
+        True,
+        True,
+        "Roy, Saffar, Vaswani, Grangier, TACL 2021, arXiv 2003.05997",
+        RoutingConfig,
     ),
 ):
     register_variant(_info)

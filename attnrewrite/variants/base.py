@@ -7,13 +7,14 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from attnrewrite.kernels.diagnostics import closest, error
 
 if TYPE_CHECKING:
     import torch
 
+    from attnrewrite.observation import Observed
     from attnrewrite.passes.attention.form import Attention
     from attnrewrite.passes.graph.capture import Capture
     from attnrewrite.passes.report import Site
@@ -30,12 +31,40 @@ class Swap:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+class Calibrator(Protocol):
+    """Sets the state of one converted layer from what it sees, in two passes over the same batches.
+
+    Nothing of the layer changes before ``apply``.
+    """
+
+    @property
+    def seen(self) -> bool:
+        """Whether the first pass called ``collect``."""
+        ...
+
+    def collect(self, at: Observed, share: float, generator: torch.Generator) -> None:
+        """Take samples from one call of the layer, in the first pass; ``share`` is 1 over the number of batches."""
+
+    def fit(self, generator: torch.Generator) -> None:
+        """Compute the state from the samples."""
+
+    def measure(self, at: Observed) -> None:
+        """Compare what the layer would give with what it gives, in the second pass."""
+
+    def apply(self) -> None:
+        """Write the state into the layer."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was measured, as rows of a table with plain data."""
+        ...
+
+
 @dataclass(frozen=True)
 class VariantConfig:
     """Base of every variant's config.
 
-    Subclasses set ``variant`` and, where they add parameters, override ``parameters``. Fields are numbers, strings and
-    booleans; a string field that takes one of few values declares it with ``Literal``.
+    Subclasses set ``variant`` and, where they add parameters, override ``module``. Fields are numbers, strings,
+    booleans, tuples of integers, or None; a string field that takes one of few values declares it with ``Literal``.
     """
 
     variant: ClassVar[str] = ""
@@ -50,8 +79,13 @@ class VariantConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        kinds = _types(type(self))
         for field in dataclasses.fields(self):
-            _check(self.variant, field.name, getattr(self, field.name), _types(type(self))[field.name])
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # JSON has no tuples
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            _check(self.variant, field.name, value, kinds[field.name])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, with the variant's name under ``variant``."""
@@ -105,6 +139,13 @@ class VariantConfig:
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the same module for state of known shapes, with names as in ``state_dict``, to load values into."""
         raise NotImplementedError
+
+    def calibrator(self, layer: str, holder: torch.nn.Module) -> Calibrator | None:
+        """Return what sets the state of one converted layer from activations; None where nothing is to be set."""
+        return None
+
+    def update(self, layer: str, holder: torch.nn.Module) -> None:
+        """Advance what a converted layer learned apart from gradients, after an optimizer step."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VariantConfig:
@@ -186,13 +227,26 @@ def _check(variant: str, name: str, value: Any, kind: Any) -> None:
         if value not in typing.get_args(kind):
             raise error("AR303", f"{variant}.{name} is {value!r}; {closest(str(value), typing.get_args(kind))}")
         return
-    wanted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    accepted = tuple(int if t is float else t for t in wanted) + wanted
-    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in wanted):
+    accepted = [typing.get_origin(t) or t for t in _alternatives(kind)]
+    if float in accepted:
+        accepted.append(int)
+    integers = isinstance(value, tuple) and all(type(n) is int for n in value)
+    wrong = (isinstance(value, bool) and bool not in accepted) or (isinstance(value, tuple) and not integers)
+    if wrong or not isinstance(value, tuple(accepted)):
         raise error("AR303", f"{variant}.{name} is {value!r}, a {type(value).__name__}; it takes {_type_name(kind)}")
 
 
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def _parse(variant: str, name: str, text: str, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none" and types.NoneType in typing.get_args(kind):
+            return None
+        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(variant, name, part, int) for part in text.split(",") if part.strip())
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise error("AR303", f"{variant}.{name} is {text!r}; it takes true or false")
@@ -208,7 +262,11 @@ def _parse(variant: str, name: str, text: str, kind: Any) -> Any:
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(map(str, typing.get_args(kind)))
-    return getattr(kind, "__name__", str(kind))
+    if isinstance(kind, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(kind)))
+    if kind is types.NoneType:
+        return "None"
+    return str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
 
 
 def _field_docs(config: type[VariantConfig]) -> dict[str, str]:

@@ -63,7 +63,9 @@ def shared_modules(model: nn.Module, details: Mapping[str, Any]) -> dict[str, nn
     try:
         sharing = Sharing(**{f.name: details[f.name] for f in fields(Sharing)})
     except (KeyError, TypeError) as failure:
-        raise error("AR604", f"a layer of the saved conversion says too little of its projection: {failure!r}") from None
+        raise error(
+            "AR604", f"a layer of the saved conversion says too little of its projection: {failure!r}"
+        ) from None
     known = dict(model.named_modules())
     for path in (sharing.query, sharing.key):
         if path not in known:
@@ -120,7 +122,9 @@ def _read(
         raise refuse(f"{query.module} gives something else beside the queries")
     symmetric = config.form == "symmetric"
     if symmetric and row.rope not in ("none", "half", "interleaved"):
-        raise refuse("the queries turn with the position in a way that is not read, so that no projection can be fitted")
+        raise refuse(
+            "the queries turn with the position in a way that is not read, so that no projection can be fitted"
+        )
     if symmetric and row.cache == "none" and "key" in (row.other_users or ()):
         raise refuse("the keys are also used outside of the attention")
     return _Layer(row, query, key, _projections(model, query, key, row))

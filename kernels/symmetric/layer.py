@@ -110,7 +110,9 @@ class _Norms:
         if moments is None:
             return cls()
         mean, second = moments.mean.double(), moments.second.double()
-        second = second + torch.eye(len(mean), dtype=second.dtype, device=second.device) * RIDGE * second.diagonal().mean()
+        second = (
+            second + torch.eye(len(mean), dtype=second.dtype, device=second.device) * RIDGE * second.diagonal().mean()
+        )
         if not layer.biased:
             return cls(second, second)
         beside = torch.cat((mean, mean.new_ones(1)))

@@ -13,7 +13,7 @@ from attnrewrite.passes.facts.names import weight_name
 from attnrewrite.passes.facts.provenance import Provenance, Unknown
 from attnrewrite.passes.graph.axes import Layout, arrange
 from attnrewrite.passes.graph.nodes import layer_path
-from attnrewrite.passes.rules.projection import key_projection, only_moved, query_projection
+from attnrewrite.passes.rules.projection import only_moved, projection
 
 
 @dataclass(eq=False, repr=False)
@@ -35,7 +35,7 @@ def head_rows(site: Attention, role: Literal["query", "key"], provenance: Proven
     Raises Reject (AR307) where queries or keys are made by more than one linear map, or by none that is a module.
     """
     what = {"query": "queries", "key": "keys"}[role]
-    operand = query_projection(site) if role == "query" else key_projection(site)
+    operand = projection(site, role)
     wanted = site.query_layout if role == "query" else site.key_layout
     try:
         trail = provenance.trail(site.query.node if role == "query" else site.key.node)

@@ -49,7 +49,7 @@ def find(capture: Capture) -> list[Marker]:
                 continue
             what = json.loads(str(node.args[2]))
             parameters = dict(zip(what["names"], node.args[1], strict=True))
-            request = Request(what["variant"], what["config"], parameters, node, what["learning"])
+            request = Request(what["variant"], what["config"], parameters, node, what["learning"], what["layer"])
             found.append(Marker(node, layer_path(node) or what["layer"], request))
     return found
 

@@ -17,7 +17,7 @@ from attnrewrite.passes.attention.site import SiteTensors
 class Request:
     """What is wanted at a site: a variant with its config, and in a converted model the marker and what it carries.
 
-    ``parameters`` are the nodes of the layer's new parameters and buffers; the first argument of ``marker`` is the
+    ``layer`` is the path of the converted layer. ``parameters`` are the nodes of the layer's new parameters and buffers; the first argument of ``marker`` is the
     layer's input. ``learning``: the layer trains, and the variant learns from what it sees, apart from gradients.
     """
 
@@ -26,6 +26,7 @@ class Request:
     parameters: Mapping[str, fx.Node] = field(default_factory=dict)
     marker: fx.Node | None = None
     learning: bool = False
+    layer: str = ""
 
 
 class Rule(Protocol):

@@ -1,8 +1,9 @@
-"""Find raw projections: what the weights of queries or keys give, before norm and rotary embedding."""
+"""Find the raw projection of queries or keys: what the layer's weights give, before norm and rotary embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import fx
 
@@ -40,27 +41,20 @@ _VIEWS = (MOVES - {"expand", "slice", "repeat_interleave", "repeat"}) | {"unbind
 _PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
 
 
-def query_projection(site: Attention) -> Operand:
-    """Return the projection of the site's queries with its layout. Raises Reject (AR307).
+def projection(site: Attention, role: Literal["query", "key"]) -> Operand:
+    """Return the projection of the site's queries or keys with its layout. Raises Reject (AR307).
 
-    It is the last value on the way from the projection's linear map to the queries that has only been moved or cut
+    It is the last value on the way from the projection's linear map to the operand that has only been moved or cut
     out of a fused projection, and still has every head and every feature.
     """
-    return _projection(site, site.query, site.query_layout, "queries")
-
-
-def key_projection(site: Attention) -> Operand:
-    """Return the projection of the site's keys, as ``query_projection`` does for queries. Raises Reject (AR307)."""
-    return _projection(site, site.key, site.key_layout, "keys")
-
-
-def _projection(site: Attention, start: Operand, wanted: Layout, what: str) -> Operand:
-    inner = flat(site.inner)
-    for operand in _ancestors(start, inner):
+    joined = role == "key" and site.keys is not None
+    for operand in [] if joined else _ancestors(site.query if role == "query" else site.key, flat(site.inner)):
+        wanted = site.query_layout if role == "query" else site.key_layout  # symbols may be split on the way
         if _is_whole(operand, wanted) and only_moved(operand.node) is not None:
             return Operand(operand.node, _named(operand.layout, wanted))
-    near = f"{what} that are a linear map of the layer's input, split into heads"
-    raise Reject("AR307", f"the projection that makes the {what} was not found", site.anchor, near)
+    plural = "queries" if role == "query" else "keys"
+    near = f"{plural} that are a linear map of the layer's input, split into heads"
+    raise Reject("AR307", f"the projection that makes the {plural} was not found", site.anchor, near)
 
 
 def _ancestors(start: Operand, inner: Dim) -> Iterator[Operand]:
@@ -104,24 +98,23 @@ def _fresh_axis(layout: Layout, dim: int, node: fx.Node) -> Layout:
 
 def _is_whole(operand: Operand, wanted: Layout) -> bool:
     """Whether every symbol of ``wanted`` is there; the feature axis may have been cut and joined on the way."""
-    outer = [s for dim in wanted[:3] for s in dim]
+    names = [s for dim in wanted[:3] for s in dim]
     have = symbols(operand.layout)
-    rest = [s for s in have if s not in outer]
-    return all(s in have or same(s.size, 1) for s in outer) and same(size_of(rest), size_of(wanted[3]))
+    rest = [s for s in have if s not in names]
+    return all(s in have or same(s.size, 1) for s in names) and same(size_of(rest), size_of(wanted[3]))
 
 
 def _named(layout: Layout, wanted: Layout) -> Layout:
-    """Call the feature axis, which lost its name where it was cut and joined, by the name in ``wanted``."""
-    outer = {s for dim in wanted[:3] for s in dim}
-    inner = set(wanted[3])
+    """Call the feature axis, which lost its name where it was cut and joined, by the name it has in ``wanted``."""
+    names, inner = {s for dim in wanted[:3] for s in dim}, wanted[3]
 
     def name(dim: Dim) -> Dim:
         line = flat(dim)
-        strange = [s for s in line if s not in outer and s not in inner]
+        strange = [s for s in line if s not in names and s not in inner]
         if not strange:
             return line
         first = line.index(strange[0])
-        return (*line[:first], *wanted[3], *(s for s in line[first:] if s in outer))
+        return (*line[:first], *inner, *(s for s in line[first:] if s in names))
 
     return tuple(name(dim) for dim in layout)
 

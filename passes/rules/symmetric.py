@@ -22,7 +22,6 @@ from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, sh
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
 
-
 _DEPTH = 40
 """Steps between a projection and the product, at most."""
 
@@ -61,7 +60,7 @@ class SymmetricRule:
         mask_self = bool(request.config.get("mask_self", False))
 
         def symmetric(t: SiteTensors) -> torch.Tensor:
-            q, k, v = common_dtype(t.query(), t.key(), t.value())
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
             mask, is_causal = mask_arguments(t, q.dtype)
             scale, softcap = t.site.scores.alpha, t.site.scores.softcap
             if one_value(t.site):
