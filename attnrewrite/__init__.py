@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from attnrewrite.saving import load_pretrained as load_pretrained
     from attnrewrite.saving import save_pretrained as save_pretrained
     from attnrewrite.variants import SdpaConfig as SdpaConfig
+    from attnrewrite.variants import SEAConfig as SEAConfig
     from attnrewrite.variants import SelectiveConfig as SelectiveConfig
     from attnrewrite.variants import SSAConfig as SSAConfig
     from attnrewrite.variants import VariantConfig as VariantConfig
@@ -49,6 +50,7 @@ _PUBLIC = {
     "AttnRewriteWarning": "errors",
     "Backend": "backend",
     "Report": "passes.report",
+    "SEAConfig": "variants",
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",

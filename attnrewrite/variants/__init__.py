@@ -8,6 +8,7 @@ from attnrewrite.variants.base import parse_config as parse_config
 from attnrewrite.variants.base import register_variant as register_variant
 from attnrewrite.variants.base import variant_info as variant_info
 from attnrewrite.variants.sdpa import SdpaConfig as SdpaConfig
+from attnrewrite.variants.sea import SEAConfig as SEAConfig
 from attnrewrite.variants.selective import SelectiveConfig as SelectiveConfig
 from attnrewrite.variants.ssa import SSAConfig as SSAConfig
 
@@ -35,6 +36,14 @@ for _info in (
         True,
         "Zhang et al., NeurIPS 2024, arXiv 2411.12892",
         SSAConfig,
+    ),
+    VariantInfo(
+        "sea",
+        "a small network estimates the attention, and the best keys are attended",
+        True,
+        True,
+        "Lee, Kim, Willette, Hwang, ICLR 2024, arXiv 2310.01777",
+        SEAConfig,
     ),
 ):
     register_variant(_info)

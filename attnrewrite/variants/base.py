@@ -154,6 +154,10 @@ def _check(variant: str, name: str, value: Any, kind: Any) -> None:
 
 
 def _parse(variant: str, name: str, text: str, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):  # a number or None
+        if text.lower() == "none":
+            return None
+        (kind,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise error("AR303", f"{variant}.{name} is {text!r}; it takes true or false")

@@ -2,8 +2,9 @@
 
 from attnrewrite.passes.rules.base import Rule
 from attnrewrite.passes.rules.sdpa import SdpaRule
+from attnrewrite.passes.rules.sea import SEARule
 from attnrewrite.passes.rules.selective import SelectiveRule
 from attnrewrite.passes.rules.ssa import SSARule
 
-RULES: dict[str, Rule] = {rule.variant: rule for rule in (SdpaRule(), SelectiveRule(), SSARule())}
+RULES: dict[str, Rule] = {rule.variant: rule for rule in (SdpaRule(), SelectiveRule(), SSARule(), SEARule())}
 """Variant name -> rule. A sixth variant adds itself here through ``attnrewrite.register_variant``."""
