@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attnrewrite.backend import Backend as Backend
     from attnrewrite.conversion import convert as convert
     from attnrewrite.conversion import restore as restore
+    from attnrewrite.distillation import distill as distill
     from attnrewrite.errors import AttnRewriteError as AttnRewriteError
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
@@ -56,6 +57,7 @@ _PUBLIC = {
     "SelectiveConfig": "variants",
     "VariantConfig": "variants",
     "convert": "conversion",
+    "distill": "distillation",
     "explain": "explanation",
     "functional": "functional",
     "list_patterns": "patterns",

@@ -117,7 +117,7 @@ def _sparse_gradients(
     share: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     H = query.shape[1]
-    d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    d_query, d_key, d_value = torch.empty_like(query), query.new_zeros(key.shape), query.new_zeros(value.shape)
     d_bias = None if bias is None else torch.zeros_like(bias, dtype=query.dtype)
     E = torch.empty_like(grad[..., 0])  # [B, H, L]
     for part, pairs in selected_pairs(estimated, rows, rule, max(key.shape[-1], value.shape[-1])):

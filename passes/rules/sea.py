@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from attnrewrite.kernels.sea.estimator import (
+    Estimate,
+    Estimator,
+    bidirectional_estimate,
+    causal_estimate,
+    is_causal,
+)
+from attnrewrite.kernels.sea.losses import approximation_loss, slice_widths, teacher_statistics
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype
-
-if TYPE_CHECKING:
-    from attnrewrite.kernels.sea.estimator import Estimate
 
 _NEAREST = "self-attention over a whole sequence, causal or not, masked by positions and padding only"
 
@@ -30,7 +35,13 @@ class SEARule:
         if seen.dense:
             raise _reject(site, "SEA cuts the keys that a query sees into slices, and this mask is custom")
         if seen.documents:
-            raise _reject(site, "SEA cuts slices from one sequence, and here several documents are packed into one")
+            raise _reject(
+                site,
+                "SEA cuts slices from one sequence, and this mask splits it into packed documents; transformers reads "
+                "them from position_ids where no attention_mask is given",
+            )
+        if seen.bias_may_hide:
+            raise _reject(site, "SEA counts the keys that a query sees, and a bias that is added here may hide some")
         if site.scores.softcap is not None:
             raise _reject(site, "SEA has no soft-cap")
         check_terms(site)
@@ -77,8 +88,6 @@ class SEARule:
 
 def estimate(t: SiteTensors, config: Mapping[str, Any]) -> Estimate:
     """Return the estimate of a site's attention, ``[B, H, L, M]``, and its two factors, ``[B, H, L]``."""
-    from attnrewrite.kernels.sea.estimator import Estimator, bidirectional_estimate, causal_estimate, is_causal
-
     q, k, v = common_dtype(t.query(), t.key(), t.value())
     estimator = Estimator.named(t.extra, config["slices"])
     if is_causal(t.extra):
@@ -86,10 +95,19 @@ def estimate(t: SiteTensors, config: Mapping[str, Any]) -> Estimate:
     return bidirectional_estimate(q, k, v, estimator, padding(t))
 
 
+def approximation(t: SiteTensors, config: Mapping[str, Any]) -> torch.Tensor:
+    """Return the loss of a site's estimate against its own attention (``losses.approximation_loss``), a number."""
+    q, k = common_dtype(t.query(), t.key())
+    masks = {**visibility(t), "padding": padding(t)}
+    teacher = teacher_statistics(
+        q, k, config["slices"], t.bias(), scale=t.site.scores.alpha, enable_gqa=t.grouped, **masks
+    )
+    widths = slice_widths(t.length, config["slices"], device=q.device, **masks)
+    return approximation_loss(estimate(t, config).estimated, teacher, widths)
+
+
 def visibility(t: SiteTensors) -> dict[str, Any]:
     """Return ``is_causal`` and ``window`` as the functions of this variant take them."""
-    from attnrewrite.kernels.sea.estimator import is_causal
-
     return {"is_causal": is_causal(t.extra), "window": t.site.visibility.facts.window}
 
 
@@ -132,8 +150,6 @@ def _check_window(site: Attention, request: Request) -> None:
 
 def _check_kind(site: Attention, request: Request) -> None:
     """Refuse a call that is masked otherwise than the estimator was made for; one token is the same either way."""
-    from attnrewrite.kernels.sea.estimator import is_causal
-
     made, masked = is_causal(request.parameters), site.visibility.facts.offset is not None
     if made == masked or site.sizes()["L"] == 1:
         return
