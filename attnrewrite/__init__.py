@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
     from attnrewrite.distances import distance as distance
+    from attnrewrite.distillation import distill as distill
     from attnrewrite.errors import AttnRewriteError as AttnRewriteError
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from attnrewrite.saving import save_pretrained as save_pretrained
     from attnrewrite.variants import RoutingConfig as RoutingConfig
     from attnrewrite.variants import SdpaConfig as SdpaConfig
+    from attnrewrite.variants import SEAConfig as SEAConfig
     from attnrewrite.variants import SelectiveConfig as SelectiveConfig
     from attnrewrite.variants import SSAConfig as SSAConfig
     from attnrewrite.variants import SymmetricConfig as SymmetricConfig
@@ -56,6 +58,7 @@ _PUBLIC = {
     "Backend": "backend",
     "Report": "passes.report",
     "RoutingConfig": "variants",
+    "SEAConfig": "variants",
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",
@@ -64,6 +67,7 @@ _PUBLIC = {
     "calibrate": "calibration",
     "convert": "conversion",
     "distance": "distances",
+    "distill": "distillation",
     "explain": "explanation",
     "fit_errors": "conversion",
     "functional": "functional",

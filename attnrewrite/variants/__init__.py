@@ -10,6 +10,7 @@ from attnrewrite.variants.base import register_variant as register_variant
 from attnrewrite.variants.base import variant_info as variant_info
 from attnrewrite.variants.routing import RoutingConfig as RoutingConfig
 from attnrewrite.variants.sdpa import SdpaConfig as SdpaConfig
+from attnrewrite.variants.sea import SEAConfig as SEAConfig
 from attnrewrite.variants.selective import SelectiveConfig as SelectiveConfig
 from attnrewrite.variants.ssa import SSAConfig as SSAConfig
 from attnrewrite.variants.symmetric import SymmetricConfig as SymmetricConfig
@@ -54,6 +55,14 @@ for _info in (
         True,
         "Roy, Saffar, Vaswani, Grangier, TACL 2021, arXiv 2003.05997",
         RoutingConfig,
+    ),
+    VariantInfo(
+        "sea",
+        "a small network estimates the attention, and the best keys are attended",
+        True,
+        True,
+        "Lee, Kim, Willette, Hwang, ICLR 2024, arXiv 2310.01777",
+        SEAConfig,
     ),
 ):
     register_variant(_info)
