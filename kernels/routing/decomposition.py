@@ -13,7 +13,7 @@ from attnrewrite.kernels.largest import among_largest
 from attnrewrite.kernels.routing.attend import Scored, pair_weights, unseen_as_zero
 from attnrewrite.kernels.routing.clusters import nearest
 from attnrewrite.kernels.routing.prepare import Options, Routed, Vectors, score_vectors, scored_from, valid_tokens
-from attnrewrite.kernels.routing.selection import wanted_width, width_of
+from attnrewrite.kernels.routing.selection import wanted_width
 from attnrewrite.kernels.visibility import full_precision, repeat_kv, visible
 
 
@@ -100,6 +100,10 @@ def _members(affinities: Tensor, window_size: int | None, valid: Tensor | None) 
     ranked = affinities.mT
     if valid is not None:
         ranked = ranked.masked_fill(~valid[:, None, None], float("-inf"))
-    count = torch.full((1,), width_of(window_size, affinities), device=ranked.device)
-    members = among_largest(ranked, count)
+    # Tensors and not numbers: torch-mlir knows no smaller of two sizes.
+    wanted, all_of_them = (
+        torch.full((1,), size, device=ranked.device)
+        for size in (wanted_width(window_size, affinities), affinities.shape[2])
+    )
+    members = among_largest(ranked, torch.minimum(wanted, all_of_them))
     return members if valid is None else members & valid[:, None, None]
