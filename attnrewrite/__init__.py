@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from attnrewrite.errors import AttnRewriteError as AttnRewriteError
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
+    from attnrewrite.exporting import export as export
     from attnrewrite.passes.report import Report as Report
     from attnrewrite.patterns import list_patterns as list_patterns
     from attnrewrite.patterns import register_pattern as register_pattern
@@ -69,6 +70,7 @@ _PUBLIC = {
     "distance": "distances",
     "distill": "distillation",
     "explain": "explanation",
+    "export": "exporting",
     "fit_errors": "conversion",
     "functional": "functional",
     "list_patterns": "patterns",

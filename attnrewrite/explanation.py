@@ -115,14 +115,17 @@ def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[s
 
 
 def export_model(
-    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], dynamic_shapes: Any = None
 ) -> torch.export.ExportedProgram:
     """Export a model as it is, compiled or not; its buffers are left as they were."""
     if not isinstance(model, torch.nn.Module):
         raise error("AR102", f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    with uncompiled(model), without_cache(model, kwargs) as inputs:
+    with without_cache(model, kwargs) as inputs:
         try:
-            return torch.export.export(model, tuple(args), dict(inputs), strict=False)
+            with uncompiled(model):
+                return torch.export.export(
+                    model, tuple(args), dict(inputs), dynamic_shapes=dynamic_shapes, strict=False
+                )
         except AttnRewriteError:
             raise
         except Exception as failure:

@@ -148,11 +148,28 @@ def _conversion(model: torch.nn.Module) -> Conversion:
     return found
 
 
+def check_free(path: Path, overwrite: bool) -> None:
+    """Raise SaveError AR601 where ``path`` exists and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise error("AR601", f"{path} exists")
+
+
+@contextmanager
+def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield the place of a file that becomes ``path`` in one step when the block succeeds."""
+    check_free(path, overwrite)
+    if path.is_dir():
+        raise error("AR601", f"{path} is a folder", hint="choose another path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        (Path(folder) / path.name).replace(path)
+
+
 @contextmanager
 def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """Yield a temporary folder beside ``path`` that takes its name in one step when the block succeeds."""
-    if path.exists() and not overwrite:
-        raise error("AR601", f"{path} exists")
+    check_free(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     folder.chmod(0o755)

@@ -394,6 +394,13 @@ _ALL = [
         "The schema version of the file is newer than this library, or the file is not a conversion.",
         "update attnrewrite",
     ),
+    Diagnostic(
+        "AR605",
+        "format cannot hold the program",
+        "The model was captured and rewritten, but what writes this format, torch.export.save or torch-mlir, refused "
+        "the program, mostly for one operator that it does not know.",
+        "export to pt2, which holds every operator of torch, or replace the operator named above in the model",
+    ),
     # AR9xx: internal
     Diagnostic(
         "AR901",

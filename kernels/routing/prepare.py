@@ -57,19 +57,22 @@ def prepare(routed: Routed, options: Options) -> tuple[Scored, Selection]:
     """Return what is scored and the selection. The arguments have been checked."""
     vectors = score_vectors(routed, options)
     valid = valid_tokens(routed.attn_mask, *routed.key.shape[::2])
-    dtype = vectors.query.dtype
+    return scored_from(routed, options, vectors), _select(vectors, options, valid)
+
+
+def scored_from(routed: Routed, options: Options, vectors: Vectors) -> Scored:
+    """Return what is scored: the vectors, the values and what is added to the logits."""
     bias = additive(routed.attn_mask)
-    scored = Scored(
+    return Scored(
         vectors.query,
         vectors.key,
-        routed.value.to(dtype),
+        routed.value.to(vectors.query.dtype),
         None if bias is None else four_dimensional(bias),
         routed.query.shape[-1] ** -0.5 if options.scale is None else options.scale,
         options.is_causal,
         options.window,
         options.shared_qk,
     )
-    return scored, _select(vectors, options, valid)
 
 
 def score_vectors(routed: Routed, options: Options) -> Vectors:

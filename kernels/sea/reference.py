@@ -106,11 +106,24 @@ def sea_attention(
     )
     with full_precision(query.device):
         sparse = sparse_attention(query, key, value, estimated, rows, rule, bias=bias, scale=scale, dropout_p=dropout_p)
-        pooled = None
-        if mix is not None:
-            values = value.to(sparse.dtype)
-            pooled = visible_mean(values, rows) if is_causal else _estimate_mean(values, estimated, rows, pooling)
-        return mixed(sparse, pooled, rows, scale_prob, mix).to(query.dtype)
+        return completed(sparse, value, estimated, rows, scale_prob, mix, pooling).to(query.dtype)
+
+
+def completed(
+    sparse: Tensor,
+    value: Tensor,
+    estimated: Tensor,
+    rows: Rows,
+    scale_prob: Tensor | None,
+    mix: Tensor | None,
+    pooling: str,
+) -> Tensor:
+    """Mix the sparse result ``[B, H, L, Dv]`` with the pooled values."""
+    pooled = None
+    if mix is not None:
+        values = value.to(sparse.dtype)
+        pooled = visible_mean(values, rows) if rows.is_causal else _estimate_mean(values, estimated, rows, pooling)
+    return mixed(sparse, pooled, rows, scale_prob, mix)
 
 
 def sparse_attention(
@@ -142,7 +155,7 @@ def sparse_attention(
         if dropout_p > 0.0:
             weights = torch.dropout(weights, dropout_p, train=True)
         parts.append(sum_by_head(weights.unsqueeze(-1) * of_key(value, pairs, H), pairs, H))
-    return torch.cat(parts, dim=1).transpose(1, 2) + _unknown(estimated, rule).to(dtype)
+    return torch.cat(parts, dim=1).transpose(1, 2) + unknown(estimated, rule).to(dtype)
 
 
 def mixed(sparse: Tensor, pooled: Tensor | None, rows: Rows, scale_prob: Tensor | None, mix: Tensor | None) -> Tensor:
@@ -162,10 +175,10 @@ def _estimate_mean(value: Tensor, estimated: Tensor, rows: Rows, pooling: str) -
     return estimate_mean(value, estimate_pool(probabilities, rows, pooling))
 
 
-def _unknown(estimated: Tensor, rule: Rule) -> Tensor:
+def unknown(estimated: Tensor, rule: Rule) -> Tensor:
     """Return NaN for rows whose estimate is no distribution, else 0: a choice among NaN would hide them."""
     wide = estimated.detach().to(accumulation_dtype(estimated.dtype))
-    known = torch.logsumexp(wide, dim=-1).isfinite()  # [B, H, L]
+    known = torch.logsumexp(wide, dim=-1).abs() < float("inf")  # [B, H, L]
     if rule.grouping == "causal_per_batch":
         known = known.all(1, keepdim=True)
     return torch.where(known, 0.0, float("nan")).unsqueeze(-1)

@@ -57,6 +57,19 @@ def _slots(least: int, most: int, H: int, M: int, rule: Rule) -> int:
 
 def _best(estimated: Tensor, count: Tensor, width: Tensor, rule: Rule, most: int) -> tuple[Tensor, Tensor]:
     """Return the best slices as h M + m, ``[B, R, P]``, and which of them are within the budget."""
+    _, H, _, M = estimated.shape
+    heads = rule.competing(H)
+    grouped = slice_ranking(estimated, width, rule)
+    # Stable: of equal slices the one of lower head, then of lower column, wins.
+    order = torch.sort(grouped, dim=-1, descending=True, stable=True).indices[..., :most]
+    first = torch.arange(0, H * M, heads * M, device=order.device).unsqueeze(-1)
+    limit = slices_kept(count, heads, M, rule)[..., None, None]
+    kept = torch.arange(order.shape[-1], device=order.device) < limit
+    return (order + first).flatten(2), kept.expand_as(order).flatten(2)
+
+
+def slice_ranking(estimated: Tensor, width: Tensor, rule: Rule) -> Tensor:
+    """Return by what slices compete, ``[B, R, H / heads, heads M]``; ``width`` ``[B or 1, R, M]`` is that of each."""
     B, H, R, M = estimated.shape
     heads = rule.competing(H)
     # Logarithms, because probabilities that underflow would tie; float32, because 16-bit numbers tie often.
@@ -64,13 +77,7 @@ def _best(estimated: Tensor, count: Tensor, width: Tensor, rule: Rule, most: int
     ranking = ranking.clamp(min=torch.finfo(ranking.dtype).min).transpose(1, 2)  # [B, R, H, M]
     if rule.counting == "exact":
         ranking = ranking.masked_fill((width == 0).unsqueeze(2), float("-inf"))
-    grouped = ranking.reshape(B, R, H // heads, heads * M)
-    # Stable: of equal slices the one of lower head, then of lower column, wins.
-    order = torch.sort(grouped, dim=-1, descending=True, stable=True).indices[..., :most]
-    first = torch.arange(0, H * M, heads * M, device=order.device).unsqueeze(-1)
-    limit = slices_kept(count, heads, M, rule)[..., None, None]
-    kept = torch.arange(order.shape[-1], device=order.device) < limit
-    return (order + first).flatten(2), kept.expand_as(order).flatten(2)
+    return ranking.reshape(B, R, H // heads, heads * M)
 
 
 def _expand(slices: Tensor, kept: Tensor, edges: Tensor, rows: Rows, part: slice, budget: int, slots: int) -> Pairs:
