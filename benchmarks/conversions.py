@@ -28,13 +28,25 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from suite.environment import environment
 from torch import Tensor, nn
 
-from attnrewrite import AttnRewriteError, SelectiveConfig, SSAConfig, VariantConfig, convert, distance
+from attnrewrite import (
+    AttnRewriteError,
+    RoutingConfig,
+    SEAConfig,
+    SelectiveConfig,
+    SSAConfig,
+    SymmetricConfig,
+    VariantConfig,
+    calibrate,
+    convert,
+    distance,
+    distill,
+)
 from attnrewrite.demo import load_demo_model
 from attnrewrite.evaluation import encode, perplexity, read_text
 from attnrewrite.loading import LoadOptions, load_model
 
-SEQ_LEN, HELD_OUT, STRIPS = 256, 512, 2
-"""Tokens of a strip; tokens that the perplexity is of; strips that the distance is over."""
+SEQ_LEN, HELD_OUT, STRIPS, STEPS = 256, 512, 2, 60
+"""Tokens of a strip; tokens that the perplexity is of; strips that the distance is over; steps of a distillation."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,12 @@ RECIPES = (
     Recipe("ssa, sigmoid", SSAConfig(position="sigmoid")),
     Recipe("selective, gate", SelectiveConfig()),
     Recipe("selective, raw", SelectiveConfig(mode="raw")),
+    Recipe("symmetric", SymmetricConfig(form="symmetric", max_error=1.0)),
+    Recipe("pairwise", SymmetricConfig(max_error=1.0)),
+    Recipe("pairwise, by data", SymmetricConfig(fit="data", max_error=1.0)),
+    Recipe("routing, calibrated", RoutingConfig(clusters=4, window_size=64), calibrate),
+    Recipe("sea", SEAConfig(slices=64, budget=32)),
+    Recipe(f"sea, {STEPS} steps", SEAConfig(slices=64, budget=32), lambda m, b: distill(m, b, steps=STEPS)),
 )
 
 
@@ -160,7 +178,8 @@ _INTRODUCTION = """# Conversions of pretrained models
 
 <!-- Made by `make conversions`; do not edit. -->
 
-Each row is a pretrained model converted with default weights of the variant, and not trained afterwards. The errors are
+Each row is a pretrained model converted with the variant's own initial values, and not trained afterwards but where
+the row says so (on the text that ships with the library; the figures are on another part of it). The errors are
 relative errors (Euclidean norm) against the same layer and head of the original model, each model on its own
 activations, so that a layer's error holds that of the layers below: of the attention weights ("maps") and of the
 attention's result before the output projection ("outputs"), as the mean over all layers and heads, and the largest.
