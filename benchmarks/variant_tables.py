@@ -169,7 +169,7 @@ def _covers(config: VariantConfig, site: Attention, layer: nn.Module, inputs: tu
     settings = config.to_dict()
     try:
         RULES[config.variant].check(site, Request(settings.pop("variant"), settings))
-        if config.swaps_modules:  # whose projections decide, too
+        if config.swaps_modules and not isinstance(layer, Continued):  # the projections decide, too, without a cache
             _converted(layer, config, inputs)
     except (Reject, AttnRewriteError) as refused:
         return "as written" if config.variant == "sdpa" else refused.code
