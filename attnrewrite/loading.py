@@ -83,7 +83,10 @@ def is_program(reference: str) -> bool:
 
 
 def load_program(reference: str) -> ExportedProgram:
-    """Load a ``.pt2`` file, which can be explained but not converted."""
+    """Load a ``.pt2`` file, which can be explained and exported, but not converted."""
+    import attnrewrite.functional
+    import attnrewrite.passes.rewriting.enter  # noqa: F401  # both define operators that the program may hold
+
     path = Path(reference)
     if not path.is_file():
         raise _nowhere(path)
@@ -115,7 +118,9 @@ def _load_file(path: Path, options: LoadOptions) -> LoadedModel:
     if path.suffix == ".gguf":
         return _load_gguf(path, options)
     if path.suffix == ".pt2":
-        detail = f"{path} is an exported program: its layers are gone, so that it can be explained, not changed"
+        detail = (
+            f"{path} is an exported program: its layers are gone, so that it can be explained and exported, not changed"
+        )
         raise error("AR103", detail, hint="name the model that the program was exported from")
     raise error("AR103", f"{path} is a {path.suffix or 'plain'} file", hint="name its folder, or a .gguf file")
 

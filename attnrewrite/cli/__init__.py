@@ -23,6 +23,7 @@ VERBS = {
     "variants": "List the attention variants, or show one with its fields.",
     "explain": "Find the attention in MODEL and say what can be rewritten.",
     "convert": "Put a variant into MODEL and write it to OUT.",
+    "export": "Write MODEL with its attention rewritten, for other compilers.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
     "env": "Show versions, devices and settings.",
     "code": "Explain a diagnostic code, or list them all.",
@@ -71,7 +72,7 @@ def cli() -> None:
     """Find the attention in a PyTorch model and rewrite it.
 
     MODEL is a folder in the transformers layout (safetensors or GGUF), a .gguf file, a .pt2 file
-    (explain only), or package.module:function, where the function returns a model or (model, example
+    (explain and export), or package.module:function, where the function returns a model or (model, example
     inputs).
     """
 

@@ -194,7 +194,17 @@ ONE = {
 }
 
 
-@pytest.mark.parametrize(("name", "options"), [(name, options) for name in NAMES for options in ONE[name]])
+def _executed() -> list[Any]:
+    """One mode of every operator, and the others as slow tests."""
+    marks: list[Any] = [(), pytest.mark.slow]
+    return [
+        pytest.param(name, options, marks=mark)
+        for name in NAMES
+        for options, mark in zip(ONE[name], marks, strict=False)
+    ]
+
+
+@pytest.mark.parametrize(("name", "options"), _executed())
 def test_executed_as_linalg_at_other_lengths(name: str, options: tuple[Any, ...], tmp_path: Path) -> None:
     layer, L = Call(name, *options), Dim("L", min=2, max=64)
     given = tensors(name, 7)
