@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attnrewrite.backend import Backend, globs, resolve
+from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.passes.attention.form import Attention, Reject
@@ -206,17 +207,8 @@ def _holders(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def compile_in_place(model: torch.nn.Module) -> None:
-    """Compile a converted model so that it can be called at once.
-
-    A model that is generated with, trained and evaluated meets more kinds of calls than torch's usual limit of eight,
-    beyond which torch would run it uncompiled, so the limit is raised, for this model only where torch can.
-    """
-    known = inspect.signature(torch.compile).parameters
-    limits = {"recompile_limit": 64, "isolate_recompiles": True}
-    model.compile(
-        backend=Backend(inner="eager", strict=True),
-        **{name: value for name, value in limits.items() if name in known},
-    )
+    """Compile a converted model so that it can be called at once."""
+    model.compile(backend=Backend(inner="eager", strict=True), **many_recompilations())
 
 
 def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import uncompiled, without_cache
 from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors, nodes_read
@@ -44,7 +45,7 @@ def observe(model: torch.nn.Module, batches: Iterable[Batch], see: Callable[[Obs
     """
     backend = _Backend(see)
     with uncompiled(model), evaluating(model):
-        run = torch.compile(model, backend=backend)
+        run = torch.compile(model, backend=backend, **many_recompilations())
         for batch in batches:
             args, kwargs = call(batch)
             with without_cache(model, kwargs) as inputs:
