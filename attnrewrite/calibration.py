@@ -53,11 +53,11 @@ def calibrate(model: torch.nn.Module, batches: Iterable[Batch], *, seed: int = 0
         VariantError: AR310 where the model is not converted, AR316 where there is nothing to calibrate.
         LoweringError: AR402 where the model's activations are not finite.
     """
-    layers = converted_layers(model)
-    found = {
-        layer: config.calibrator(layer, holder) for layer, (config, holder) in layers.items() if holder is not None
-    }
-    calibrators = {layer: calibrator for layer, calibrator in found.items() if calibrator is not None}
+    layers, calibrators = converted_layers(model), dict[str, Calibrator]()
+    for layer, (config, holder) in layers.items():
+        calibrator = None if holder is None else config.calibrator(layer, holder)
+        if calibrator is not None:
+            calibrators[layer] = calibrator
     if not calibrators:
         raise error("AR316", f"none of its {len(layers)} converted layers is set from its inputs")
     calls = list(batches)

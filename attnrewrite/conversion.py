@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from attnrewrite.backend import Backend, globs, resolve
-from attnrewrite.dynamo import wide_limits
+from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.passes.attention.form import Attention, Reject
@@ -254,7 +254,7 @@ def _place(path: str, hook: EnterHook, place: str) -> str:
 
 def compile_in_place(model: torch.nn.Module) -> None:
     """Compile a converted model so that it can be called at once."""
-    model.compile(backend=Backend(inner="eager", strict=True), **wide_limits())
+    model.compile(backend=Backend(inner="eager", strict=True), **many_recompilations())
 
 
 def install(

@@ -1,4 +1,4 @@
-"""Capture a model graph by graph, as torch.compile does, where torch.export cannot take it as a whole."""
+"""What is asked of Dynamo: a model's graphs, where torch.export cannot take it as a whole, and many recompilations."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def capture_graphs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[
     return captures
 
 
+def many_recompilations() -> dict[str, Any]:
+    """Return keywords for ``torch.compile`` that let a model be compiled for more kinds of calls.
+
+    A model that is generated with, trained and evaluated meets more of them than torch's usual limit of eight, beyond
+    which torch would run it uncompiled. The limit is raised for this model only where torch can.
+    """
+    known = inspect.signature(torch.compile).parameters
+    limits = {"recompile_limit": 64, "isolate_recompiles": True}
+    return {name: value for name, value in limits.items() if name in known}
+
+
 @contextmanager
 def unchanged_buffers(model: torch.nn.Module) -> Iterator[None]:
     """Put the values of the model's buffers back at the end."""
@@ -39,14 +50,3 @@ def unchanged_buffers(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 buffer.copy_(kept[name])
-
-
-def wide_limits() -> dict[str, Any]:
-    """Return arguments of torch.compile for a model that is called in many ways.
-
-    One that is generated with, trained, evaluated and observed meets more kinds of calls than torch's usual limit of
-    eight, beyond which torch would run it uncompiled. The limit is for this compilation alone where torch can do so.
-    """
-    known = inspect.signature(torch.compile).parameters
-    limits = {"recompile_limit": 64, "isolate_recompiles": True}
-    return {name: value for name, value in limits.items() if name in known}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.dynamo import wide_limits
+from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import uncompiled, without_cache
 from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors, nodes_read
@@ -55,7 +55,7 @@ def outputs_observed(
     converted: bool = False,
 ) -> Iterator[Any]:
     """Do what ``observe`` does, and yield what the model gives for each batch; ``converted`` runs it as what it is."""
-    run = torch.compile(model, backend=_Backend(see, converted), **wide_limits())
+    run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
     for batch in batches:
         args, kwargs = call(batch)
         with uncompiled(model), evaluating(model), without_cache(model, kwargs) as inputs:

@@ -231,7 +231,7 @@ def _check(variant: str, name: str, value: Any, kind: Any) -> None:
     if float in accepted:
         accepted.append(int)
     integers = isinstance(value, tuple) and all(type(n) is int for n in value)
-    wrong = (isinstance(value, bool) and bool not in accepted) or (isinstance(value, tuple) and not integers)
+    wrong = not integers if isinstance(value, tuple) else isinstance(value, bool) and bool not in accepted
     if wrong or not isinstance(value, tuple(accepted)):
         raise error("AR303", f"{variant}.{name} is {value!r}, a {type(value).__name__}; it takes {_type_name(kind)}")
 

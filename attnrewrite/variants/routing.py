@@ -21,12 +21,12 @@ class RoutingConfig(VariantConfig):
     """Routing attention (Roy, Saffar, Vaswani, Grangier, TACL 2021, arXiv 2003.05997).
 
     clusters: C, how many centroids each KV head has.
-    window_size: w, members of a cluster ("topw"), or keys per query ("argmax_window"); None is ceil(N / C), which depends
-        on the length: name a number where lengths vary.
+    window_size: w, members of a cluster ("topw"), or keys per query ("argmax_window"); None is ceil(N / C), which
+        depends on the length: name a number where lengths vary.
     rule: "argmax_window" meets the nearest keys of the query's cluster and is exactly causal; "topw" is the paper's, in
         which a cluster takes its w nearest tokens; "auto" is the first for causal layers and the second for others.
-    paper_causal: allow "topw" in causal layers. Later tokens then decide which earlier ones a cluster takes: outputs leak,
-        and no decoding gives the same.
+    paper_causal: allow "topw" in causal layers. Later tokens then decide which earlier ones a cluster takes: outputs
+        leak, and no decoding gives the same.
     logits: "raw" scores queries and keys as the layer does; "normed" scores them normalised, as the paper's code does,
         where no rotary embedding or norm comes between.
     shared_qk: whether the query is the key, too, as in the paper's causal layers; for training from scratch.

@@ -16,7 +16,7 @@ from attnrewrite.kernels.routing.mass import Captured, captured, met_pairs, near
 from attnrewrite.kernels.routing.prepare import Options, Routed
 from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax
 from attnrewrite.passes.attention.site import SiteTensors, same_length
-from attnrewrite.passes.rules.routing import Heads, routed, routing_arguments, take
+from attnrewrite.passes.rules.routing import Heads, routed, routing_arguments, take, valid_keys
 
 if TYPE_CHECKING:
     from attnrewrite.observation import Observed
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 VECTORS = 100_000
 """About how many queries and keys are clustered per KV head."""
+
+_PER_SEQUENCE = ("query", "key", "value", "attn_mask", "routing_query", "routing_key", "valid")
 
 
 class RoutingCalibrator:
@@ -91,17 +93,17 @@ class RoutingCalibrator:
         arguments = routing_arguments(t, at.request)
         inputs = Routed(**{name: arguments[name] for name in Routed._fields if name in arguments})
         options = Options(**{name: arguments[name] for name in Options._fields})
-        B, H, L, _ = inputs.query.shape
+        B, _, L, _ = inputs.query.shape
         visible, valid = t.visible(), _valid(t, "query")
         S, C = inputs.key.shape[2], self.state.centroids.shape[1] if self.state else 1
         window = at.request.config["local_window"] or options.window_size or -(-S // C)
         near = near_pairs(L, S, window, is_causal=options.is_causal, device=inputs.query.device)
         for b in range(B):  # one by one, as dense weights are large
-            one = Routed(*(_entry(x, b, B) if x is not None and x.dim() == 4 else x for x in inputs))
+            parts: dict[str, Any] = {name: _entry(getattr(inputs, name), b, B) for name in _PER_SEQUENCE}
+            one = inputs._replace(**parts)
             logits = attention_logits(one.query, one.key, one.attn_mask, scale=t.site.scores.alpha)
-            weights = masked_softmax(logits, None if visible is None else _entry(visible, b, B))
-            real = None if valid is None else valid[b : b + 1]
-            self.kept.append(captured(weights, met_pairs(one, options), near, real))
+            weights = masked_softmax(logits, _entry(visible, b, B))
+            self.kept.append(captured(weights, met_pairs(one, options), near, _entry(valid, b, B)))
         self._count(t, at.request.config["shared_qk"])
 
     def apply(self) -> None:
@@ -151,12 +153,9 @@ def _features(states: Tensor, center: Tensor) -> Tensor:
 
 def _valid(t: SiteTensors, role: str) -> Tensor | None:
     """Return which tokens are real, ``[B, N]``; in cross-attention padding tells of keys only."""
-    padding = t.padding()
-    if padding is None or (role == "query" and not same_length(t.site)):
-        return None
-    return padding[:, 0, 0].expand(t.query().shape[0], -1)
+    return valid_keys(t) if role == "key" or same_length(t.site) else None
 
 
-def _entry(x: Tensor, b: int, B: int) -> Tensor:
+def _entry(x: Tensor | None, b: int, B: int) -> Tensor | None:
     """Return one entry of a batch; a tensor that is the same for all has one."""
-    return x[b : b + 1] if x.shape[0] == B else x
+    return x if x is None or x.shape[0] != B else x[b : b + 1]

@@ -41,19 +41,6 @@ def _(centroids: Tensor, steps: Tensor) -> Tensor:
     return torch.empty_like(centroids)
 
 
-@torch.library.custom_op(
-    "attnrewrite::routing_learn",
-    mutates_args=(
-        "centroids",
-        "ema_count",
-        "ema_sum",
-        "steps",
-        "step_count",
-        "step_sum",
-        "lonely",
-        "lonely_affinity",
-    ),
-)
 def routing_learn(
     query: Tensor,
     key: Tensor | None,
@@ -100,6 +87,11 @@ def routing_learn(
     """
     if torch._C._current_graph_task_id() != -1:
         return
+    # Written past autograd's version counters: no backward needs these values, but checkpointing insists on the version
+    # of everything that it was given.
+    centroids, ema_count, ema_sum, steps, step_count, step_sum, lonely, lonely_affinity = (
+        buffer.data for buffer in (centroids, ema_count, ema_sum, steps, step_count, step_sum, lonely, lonely_affinity)
+    )
     parts = [_laid_out(query, center_query, sets, query_valid)]
     if key is not None:
         parts.append(_laid_out(key, center_key, range(len(centroids)), key_valid))
@@ -119,9 +111,13 @@ def routing_learn(
         _keep_loneliest(tokens, counted, centroids, lonely, lonely_affinity)
 
 
-@routing_learn.register_fake
-def _(query: Tensor, *_: object, **__: object) -> None:
-    return None
+_BUFFERS = ("centroids", "ema_count", "ema_sum", "steps", "step_count", "step_sum", "lonely", "lonely_affinity")
+# Not custom_op, which counts versions.
+torch.library.define("attnrewrite::routing_learn", torch.library.infer_schema(routing_learn, mutates_args=_BUFFERS))
+torch.library.impl("attnrewrite::routing_learn", "CompositeExplicitAutograd", routing_learn)
+
+
+torch.library.register_fake("attnrewrite::routing_learn", lambda *_, **__: None)
 
 
 def _laid_out(states: Tensor, center: Tensor, sets: Sequence[int], valid: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,9 @@ from attnrewrite.passes.attention.site import SiteTensors
 class Request:
     """What is wanted at a site: a variant with its config, and in a converted model the marker and what it carries.
 
-    ``layer`` is the path of the converted layer. ``parameters`` are the nodes of the layer's new parameters and buffers; the first argument of ``marker`` is the
-    layer's input. ``learning``: the layer trains, and the variant learns from what it sees, apart from gradients.
+    ``layer`` is the path of the converted layer, ``parameters`` the nodes of its new parameters and buffers; the first
+    argument of ``marker`` is the layer's input. ``learning``: the layer trains, and the variant learns from what it
+    sees, apart from gradients.
     """
 
     variant: str

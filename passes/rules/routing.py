@@ -39,7 +39,7 @@ class RoutingRule:
 
     def check(self, site: Attention, request: Request) -> None:
         """Refuse (AR307) masks that membership has no place for, caches, and what the options exclude."""
-        _check_mask(site)
+        _check_mask(site, request.config)
         _check_lengths(site, request.config)
         _check_scores(site, request.config)
         heads = Heads.of(site, request.config, site.anchor)
@@ -55,9 +55,12 @@ class RoutingRule:
 
     def function(self, request: Request) -> Callable[[SiteTensors], Tensor]:
         """Return routing attention with the request's options."""
-        from attnrewrite.kernels.routing.op import routing_attention  # defines operators, which takes its time
+        from attnrewrite.kernels.routing import op, reference  # defines operators, which takes its time
 
         def routing(t: SiteTensors) -> Tensor:
+            # The operator has no gradient for a bias, which may be learned.
+            learned = t.bias() is not None and torch.is_grad_enabled()
+            routing_attention = reference.routing_attention if learned else op.routing_attention
             arguments = routing_arguments(t, request)
             arguments["centroids"] = _centroids(t, request, arguments)
             heads = Heads.of(t.site, request.config)
@@ -82,7 +85,8 @@ def routing_arguments(t: SiteTensors, request: Request) -> dict[str, Any]:
         "value": take(v, own),
         "centroids": take(t.extra["centroids"], sets, dim=0),
         "center_query": take(t.extra["center_query"], sets, dim=0),
-        "attn_mask": t.padding() if t.bias() is None else _of_heads(t.bias(), heads.routing),
+        "attn_mask": _of_heads(_pair_bias(t), heads.routing),
+        "valid": valid_keys(t),
         "dropout_p": t.site.dropout,
         "is_causal": t.site.visibility.facts.offset is not None,
         "scale": t.site.scores.alpha if config["temperature"] is None else float(config["temperature"]),
@@ -107,6 +111,23 @@ def routed(t: SiteTensors, role: Literal["query", "key"]) -> Tensor:
     """Return what decides on membership: the projection before norms and rotary embedding, [B, H or Hkv, N, D]."""
     wanted = t.site.query_layout if role == "query" else t.site.key_layout
     return t.arranged(t.extra[f"routed_{role}"], projection(t.site, role).layout, wanted)
+
+
+def valid_keys(t: SiteTensors) -> Tensor | None:
+    """Return which keys are no padding, [B, S], or None where all are real."""
+    padding = t.padding()
+    return None if padding is None else padding[:, 0, 0].expand(t.query().shape[0], -1)
+
+
+def _pair_bias(t: SiteTensors) -> Tensor | None:
+    """Return what is added to the logits of a pair, [B|1, H|1, L|1, S|1]: biases, and -inf between documents.
+
+    The last keys of a cluster are those of the query's own document first, so that hiding the others costs no key.
+    """
+    bias, documents = t.bias(), t.documents()
+    if documents is None:
+        return bias
+    return torch.where(documents, 0.0 if bias is None else bias, float("-inf"))
 
 
 def rule_of(site: Attention, config: Mapping[str, Any]) -> str:
@@ -171,9 +192,8 @@ def _centroids(t: SiteTensors, request: Request, arguments: Mapping[str, Any]) -
     own = [heads.sets.index(number) for number in heads.kv_of(heads.routing)]
     if not request.learning:
         return take(learn.routing_ready(t.extra["centroids"], t.extra["steps"]), own, dim=0)
-    padding = t.padding()
-    real = None if padding is None else padding[:, 0, 0].expand(arguments["query"].shape[0], -1)
-    learn.routing_learn(
+    real = arguments["valid"]
+    torch.ops.attnrewrite.routing_learn(
         take(routed(t, "query"), heads.routing).detach(),
         None if request.config["shared_qk"] else take(routed(t, "key"), heads.sets).detach(),
         *(t.extra[name] for name in _LEARNED),
@@ -182,8 +202,7 @@ def _centroids(t: SiteTensors, request: Request, arguments: Mapping[str, Any]) -
         real if same_length(t.site) else None,
         real,
     )
-    # A copy: what attention keeps for its backward must not change with the buffer.
-    return take(t.extra["centroids"].clone(), own, dim=0)
+    return take(t.extra["centroids"], own, dim=0)
 
 
 def _unrouted(t: SiteTensors, heads: Sequence[int], window: int | None) -> Tensor:
@@ -211,16 +230,14 @@ def _within(near: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(near, mask, torch.finfo(mask.dtype).min)
 
 
-def _check_mask(site: Attention) -> None:
+def _check_mask(site: Attention, config: Mapping[str, Any]) -> None:
     seen = site.visibility
     if seen.dense:
-        raise Reject(
-            "AR307", "membership of a cluster has no query, and this mask is one per query", site.anchor, _NEAREST
-        )
-    if seen.documents:
-        raise Reject("AR307", "clusters would span the packed documents of a sequence", site.anchor, _NEAREST)
-    if seen.bias and seen.padding:
-        raise Reject("AR401", "routing attention takes padding or a bias, not both", site.anchor, _NEAREST)
+        detail = "membership of a cluster has no query, and this mask has one"
+        raise Reject("AR307", detail, site.anchor, _NEAREST)
+    if seen.documents and (seen.facts.offset is None or rule_of(site, config) == "topw"):
+        detail = "only the rule 'argmax_window' of causal layers keeps to the packed documents of a sequence"
+        raise Reject("AR307", detail, site.anchor, _NEAREST)
 
 
 def _check_lengths(site: Attention, config: Mapping[str, Any]) -> None:
