@@ -16,9 +16,7 @@ _CHOICES = {
 }
 
 
-def key_padding(
-    attn_mask: Tensor | None, S: int, padding: Tensor | None = None
-) -> tuple[Tensor | None, Tensor | None]:
+def key_padding(attn_mask: Tensor | None, S: int, padding: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
     """Split a mask into padding, boolean ``[B or 1, S]``, and a bias of four dimensions; either may be None.
 
     ``padding`` is what is known beside the mask, of the same kind.

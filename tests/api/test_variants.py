@@ -43,4 +43,4 @@ def test_what_cannot_be_registered_is_said(name: str) -> None:
     config = type(list_variants()[0].config()) if name == "sdpa" else OtherConfig
     with pytest.raises(AttnRewriteError, match="AR314"):
         register_variant(VariantInfo(name, "", False, False, "", config))
-    assert [info.name for info in list_variants()] == ["sdpa", "selective", "ssa"]
+    assert [info.name for info in list_variants()] == ["sdpa", "selective", "ssa", "sea"]

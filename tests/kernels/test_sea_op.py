@@ -96,7 +96,9 @@ class TestGradients:
     @given(case=cases())
     def test_closed_form_equals_autograd(self, case):
         inputs = inputs_of(case.L, case.M, case.mask, case.seed, case.factors)
-        options = {name: getattr(case, name) for name in ("is_causal", "window", "budget", "rule", "grouping", "pooling")}
+        options = {
+            name: getattr(case, name) for name in ("is_causal", "window", "budget", "rule", "grouping", "pooling")
+        }
         options["padding"] = None if case.padding is None else case.padding[None, : case.L]
         ours = operator(*as_operator(*inputs, **options))
         reference = as_reference(*inputs, **options)
