@@ -106,7 +106,7 @@ def _in_chunks(states: Tensor, size: int) -> Tensor:
     T = states.shape[-2]
     count = (T + size - 1) // size
     padded = torch.nn.functional.pad(states, (0, 0, 0, count * size - T))
-    return padded.unflatten(-2, (count, size))
+    return padded.reshape(*states.shape[:-2], count, size, states.shape[-1])
 
 
 def _projected(states: Tensor, features: Tensor) -> Tensor:

@@ -98,8 +98,11 @@ def test_two_masks_add_up() -> None:
     assert site_of(Masked(mask), X).mask.kind == "window"
 
 
-def test_a_bias_beside_a_mask_is_told_apart() -> None:
+@pytest.mark.parametrize("how", ["added", "filled"])
+def test_a_bias_beside_a_mask_is_told_apart(how: str) -> None:
     def mask(m: Masked, x: Tensor, bias: Tensor) -> Tensor:
+        if how == "filled":
+            return bias.masked_fill(torch.ones(T, T).triu(1) > 0, -math.inf)
         return bias + torch.full((T, T), -math.inf).triu(1)
 
     site = site_of(Masked(mask), X, torch.randn(T, T))
