@@ -307,6 +307,13 @@ _ALL = [
         "A variant needs a name of its own, a config class that carries that name, and a rewrite rule.",
         "see docs/adding_a_variant.md",
     ),
+    Diagnostic(
+        "AR320",
+        "cache does not hold what the variant needs",
+        "A converted layer may need more of earlier tokens than their keys and values, such as the votes they have "
+        "received. This cache has not kept it, or cannot.",
+        "start from an empty DynamicCache or StaticCache, such as generate makes by itself, or pass use_cache=False",
+    ),
     # AR4xx: lowering
     Diagnostic(
         "AR401",

@@ -19,6 +19,8 @@ class Request:
 
     ``parameters`` are the nodes of the layer's new parameters and buffers; the first argument of ``marker`` is the
     layer's input. ``learning``: the layer trains, and the variant learns from what it sees, apart from gradients.
+    ``state`` are the nodes of what a key-value cache holds for the keys, old and new, ``[B, S, ...]``; the function
+    writes into them in place what the next call needs.
     """
 
     variant: str
@@ -26,6 +28,7 @@ class Request:
     parameters: Mapping[str, fx.Node] = field(default_factory=dict)
     marker: fx.Node | None = None
     learning: bool = False
+    state: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 class Rule(Protocol):
