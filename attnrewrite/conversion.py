@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from attnrewrite.backend import Backend, globs, resolve
+from attnrewrite.decoding import state_layer
 from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
 from attnrewrite.kernels.diagnostics import closest, error
@@ -50,26 +51,57 @@ class EnterHook:
         self.variant = settings.pop("variant")
         # Written once and not at each call, because Dynamo would have to trace the writing.
         self.paths = [name.split(".") for name in self.names]
-        self.site = markers.encode(self.layer, self.variant, settings, self.names)
-        self.learning = self.site
-        if self.config.learns_from_inputs:
-            self.learning = markers.encode(self.layer, self.variant, settings, self.names, learning=True)
+        held = self.config.state_names
+        states = [(), held, (*held, "position"), (*held, "budget")] if held else [()]
+        self.sites = {
+            (state, learning): markers.encode(
+                self.layer,
+                self.variant,
+                settings,
+                self.names,
+                state,
+                learning=learning and self.config.learns_from_inputs,
+            )
+            for state in states
+            for learning in (False, True)
+        }
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Replace the first floating-point tensor among the inputs by the marker's result."""
-        holder = getattr(module, self.variant, None)
-        state = [functools.reduce(getattr, path, holder) for path in self.paths]
-        site = self.learning if module.training else self.site
         for index, value in enumerate(args):
             if _is_layer_input(value):
-                marked = enter(value, state, site)
+                marked = self._enter(module, value, args, kwargs)
                 return (*args[:index], marked, *args[index + 1 :]), kwargs
         for key, value in kwargs.items():
             if _is_layer_input(value):
-                return args, {**kwargs, key: enter(value, state, site)}
+                return args, {**kwargs, key: self._enter(module, value, args, kwargs)}
         raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
+
+    def _enter(
+        self, module: torch.nn.Module, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        holder = getattr(module, self.variant, None)
+        parameters = [functools.reduce(getattr, path, holder) for path in self.paths]
+        state: dict[str, torch.Tensor] = {}
+        if self.config.state_names:
+            held = state_layer(module, args, kwargs, self.layer)
+            state = {} if held is None else held.extend(self.config.new_state(holder, x))
+        return enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
+
+
+@dataclass
+class LeaveHook:
+    """Forward hook of a converted layer that keeps state in a cache: what the cache need not hold any more goes."""
+
+    layer: str
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Let the cache's layer settle."""
+        held = state_layer(module, args, kwargs, self.layer)
+        if held is not None:
+            held.settle()
 
 
 @dataclass
@@ -277,6 +309,8 @@ def install(
         model.forward = MarkedForward(hook, model, model.forward)
     else:
         owner.register_forward_pre_hook(hook, with_kwargs=True)
+        if config.state_names:
+            owner.register_forward_hook(LeaveHook(layer), with_kwargs=True)
     for path, module in swap.modules.items():
         model.set_submodule(path, module)
 
@@ -303,6 +337,10 @@ def _remove(model: torch.nn.Module) -> None:
             if found is hook:
                 del owner._forward_pre_hooks[key]
                 owner._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, leave in list(owner._forward_hooks.items()):
+            if isinstance(leave, LeaveHook):
+                del owner._forward_hooks[key]
+                owner._forward_hooks_with_kwargs.pop(key, None)
         if hook.names:
             delattr(owner, hook.variant)
         _bring_back(model, {_place(path, hook, place): old for place, old in hook.originals.items()})

@@ -342,6 +342,13 @@ _ALL = [
         "The conversion removed projections, and the model was loaded from files that hold only what is left.",
         "load the original model instead",
     ),
+    Diagnostic(
+        "AR323",
+        "cache does not hold what the variant needs",
+        "A converted layer may need more of earlier tokens than their keys and values, such as the votes they have "
+        "received. This cache has not kept it, or cannot.",
+        "start from an empty DynamicCache or StaticCache, such as generate makes by itself, or pass use_cache=False",
+    ),
     # AR4xx: lowering
     Diagnostic(
         "AR401",

@@ -132,6 +132,18 @@ class VariantConfig:
         """
         raise NotImplementedError
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What a key-value cache holds beside keys and values: the names of ``new_state``."""
+        return ()
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the cache holds for new tokens, ``[B, L, ...]`` by name; the rewrite writes into it.
+
+        ``x`` ``[B, L, d]`` is the layer's input, ``holder`` the layer's new parameters.
+        """
+        return {}
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the module that holds the parameters and buffers of one layer, at their initial values."""
         raise NotImplementedError

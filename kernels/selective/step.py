@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ def step(
     protected: Tensor,
     attn_mask: Tensor | None,
     position: Tensor | None,
+    seed: Tensor | None,
     budget: Tensor | None,
     scale: float,
+    dropout_p: float,
     window: int | None,
     softcap: float | None,
     selection_head: int,
@@ -37,9 +40,10 @@ def step(
 
     ``votes`` and ``protected`` ``[B, S]`` have 0 and False for the new keys. ``position``, a number, says where the
     first query stands in a cache of fixed size, in which case ``attn_mask`` hides what lies behind; otherwise the
-    queries are the newest keys. ``budget`` is a number.
+    queries are the newest keys. ``budget`` is a number, ``seed`` what ``strips.draw_seed`` drew.
     """
-    ballot = _ballot(query, key, attn_mask, protected, position, scale, window, softcap, selection_head, protect_first)
+    how = strips.options(seed, scale, dropout_p, True, window, softcap)
+    ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first)
     limit = None if budget is None else int(budget)
     with full_precision(query.device):
         out, received = attend(query, key, value, gamma, attn_mask, ballot, votes, limit)
@@ -53,17 +57,15 @@ def _ballot(
     attn_mask: Tensor | None,
     protected: Tensor,
     position: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    how: Options,
     selection_head: int,
     protect_first: bool,
 ) -> Ballot:
     if position is None:
         offset = key.shape[2] - query.shape[2]
-        ballot = Ballot(Options(scale, True, window, softcap, offset=offset), selection_head, offset)
+        ballot = Ballot(replace(how, offset=offset), selection_head, offset)
     else:
-        ballot = Ballot(Options(scale, softcap=softcap), selection_head, position.to(query.device))
+        ballot = Ballot(replace(how, is_causal=False, window=None), selection_head, position.to(query.device))
     if protect_first:
         ballot.protect(query, key, attn_mask, protected)
     return ballot
@@ -87,7 +89,9 @@ def _backward(
     protected: Tensor,
     attn_mask: Tensor | None,
     position: Tensor | None,
+    seed: Tensor | None,
     scale: float,
+    dropout_p: float,
     window: int | None,
     softcap: float | None,
     selection_head: int,
@@ -95,7 +99,8 @@ def _backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by query, key, value, gamma, bias and votes; an empty one where there is no bias."""
-    ballot = _ballot(query, key, attn_mask, protected, position, scale, window, softcap, selection_head, protect_first)
+    how = strips.options(seed, scale, dropout_p, True, window, softcap)
+    ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first)
     with full_precision(query.device):
         return gradients(
             upstream,
@@ -131,9 +136,9 @@ def _(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, gamma, votes, protected, attn_mask, position, budget, *ctx.numbers = inputs
+    query, key, value, gamma, votes, protected, attn_mask, position, seed, budget, *ctx.numbers = inputs
     ctx.bounded = budget is not None
-    ctx.save_for_backward(query, key, value, gamma, output[0], votes, protected, attn_mask, position)
+    ctx.save_for_backward(query, key, value, gamma, output[0], votes, protected, attn_mask, position, seed)
 
 
 def _differentiate(ctx: Any, upstream: Tensor, by_state: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -141,7 +146,7 @@ def _differentiate(ctx: Any, upstream: Tensor, by_state: Tensor, _: Any) -> tupl
         raise error("AR402", "which keys a budget evicts has no gradient", hint="decode under torch.no_grad()")
     wants_bias = ctx.needs_input_grad[6]
     *found, by_bias, by_votes = _backward(upstream, by_state, *ctx.saved_tensors, *ctx.numbers, wants_bias)
-    return *found, by_votes, None, by_bias if wants_bias else None, *(None for _ in range(8))
+    return *found, by_votes, None, by_bias if wants_bias else None, *(None for _ in range(10))
 
 
 step.register_autograd(_differentiate, setup_context=_remember)

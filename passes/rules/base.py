@@ -19,7 +19,8 @@ class Request:
 
     ``layer`` is the path of the converted layer, ``parameters`` the nodes of its new parameters and buffers; the first
     argument of ``marker`` is the layer's input. ``learning``: the layer trains, and the variant learns from what it
-    sees, apart from gradients.
+    sees, apart from gradients. ``state`` are the nodes of what a key-value cache holds for the keys, old and new,
+    ``[B, S, ...]``; the function writes into them in place what the next call needs.
     """
 
     variant: str
@@ -28,6 +29,7 @@ class Request:
     marker: fx.Node | None = None
     learning: bool = False
     layer: str = ""
+    state: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 class Rule(Protocol):

@@ -130,7 +130,9 @@ def test_a_cache_of_fixed_size_gives_the_same():
             seen[start:stop],
             torch.tensor(start),
             None,
+            None,
             0.5,
+            0.0,
             None,
             None,
             0,
@@ -169,5 +171,5 @@ def test_torchs_own_checks(bias):
     gamma = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     tensors = (query[:, :, 4:].detach().requires_grad_(), key, value, gamma, votes, torch.zeros(2, 6, dtype=torch.bool))
     torch.library.opcheck(
-        torch.ops.attnrewrite.selective_decode.default, (*tensors, mask, None, None, 0.5, None, 2.0, 1, True)
+        torch.ops.attnrewrite.selective_decode.default, (*tensors, mask, None, None, None, 0.5, 0.0, None, 2.0, 1, True)
     )
