@@ -116,6 +116,11 @@ class MarkedForward:
     module: torch.nn.Module
     forward: Callable[..., Any]
 
+    @property
+    def __code__(self) -> Any:
+        """That of the model's own forward: torch.export looks where a forward was written."""
+        return self.forward.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Mark the input, then run the model's own forward."""
         args, kwargs = self.hook(self.module, args, kwargs)

@@ -14,7 +14,7 @@ from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 from attnrewrite.kernels.sdpa.decomposition import scaled_dot_product_attention
 from attnrewrite.passes.graph.nodes import op, shape, source_line
 
-_OPERATOR = re.compile(r"torch\.operator.*?name = \"torch\.([^\"]+)\"|failed to legalize operation '([^']+)'")
+_OPERATOR = re.compile(r"name = \"torch\.([^\"]+)\"|failed to legalize operation 'torch\.(?!operator')([^']+)'")
 _PLACE = re.compile(r'"([^"]+\.py)":(\d+)')
 
 

@@ -8,11 +8,13 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, OutputSpec
 from torch.utils import _pytree as pytree
 
+from attnrewrite.passes.attention.regions import is_mode_switch
 from attnrewrite.passes.graph.capture import Capture
 
 
@@ -26,6 +28,10 @@ def to_program(capture: Capture, program: ExportedProgram) -> ExportedProgram:
     whole = calls[0].signature
     assert whole is not None  # torch keeps that of the outermost module
     whole.out_spec = _plain(whole.out_spec)
+    for node in filter(is_mode_switch, capture.module.graph.nodes):
+        if node.target is torch._C._set_grad_enabled:
+            capture.module.graph.erase_node(node)  # the program is for inference
+        node.meta.setdefault("val", None)  # an exported program says what every node gives
     results = capture.module.graph.output_node().args[0]
     assert isinstance(results, (tuple, list))
     specs = [_at(spec, result) for spec, result in zip(signature.output_specs, results, strict=True)]

@@ -145,6 +145,29 @@ def test_program_that_was_captured_before(tmp_path: Path) -> None:
     assert caught.value.code == "AR102"
 
 
+class Regions(nn.Module):
+    """A part under autocast, and one without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = NanoGPT()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            factor = x.mean().sigmoid()
+        with torch.autocast("cpu", torch.bfloat16):
+            attended = self.attention(x)
+        return attended.float() * factor
+
+
+def test_regions_of_autocast_and_grad_mode(tmp_path: Path) -> None:
+    model, x = Regions(), torch.randn(2, 13, WIDTH)
+    program = torch.export.export(model, (x,), strict=False)
+    for source, inputs in ((program, ()), (model, (x,))):
+        path = attnrewrite.export(source, inputs, tmp_path / "model.pt2", overwrite=True)
+        torch.testing.assert_close(torch.export.load(path).module()(x), model(x), rtol=0.02, atol=0.02)
+
+
 @pytest.mark.slow
 def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     model = made("llama", SelectiveConfig())
