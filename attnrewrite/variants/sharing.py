@@ -60,17 +60,16 @@ def share(
 
 def shared_modules(model: nn.Module, details: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Do what ``SymmetricConfig.swapped_modules`` does."""
-    try:
-        sharing = Sharing(**{f.name: details[f.name] for f in fields(Sharing)})
-    except (KeyError, TypeError) as failure:
-        raise error("AR604", f"a layer of the saved conversion says too little of its projection: {failure!r}") from None
     known = dict(model.named_modules())
-    for path in (sharing.query, sharing.key):
+    for path in (details.get("query"), details.get("key")):
         if path not in known:
             raise error("AR603", f"{type(model).__name__} has no module {path!r}")
         if (reason := unusable(known[path])) is not None:
             raise error("AR603", f"{path} is {reason}")
-    return empty_modules(model, sharing)
+    try:
+        return empty_modules(model, Sharing(**{f.name: details[f.name] for f in fields(Sharing)}))
+    except (KeyError, TypeError, ValueError, RuntimeError) as failure:
+        raise error("AR604", f"the shared projection in {details['key']} is described wrongly: {failure!r}") from None
 
 
 # --- which layers -----------------------------------------------------------------------------------------
