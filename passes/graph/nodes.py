@@ -80,9 +80,7 @@ def held(node: fx.Node) -> Any:
     return value
 
 
-def same_value(
-    a: object, b: object, depth: int = 8, read: Callable[[object], object] = lambda value: value
-) -> bool:
+def same_value(a: object, b: object, depth: int = 8, read: Callable[[object], object] = lambda value: value) -> bool:
     """Whether two nodes, or literals, compute the same by construction: equal operators on equal inputs.
 
     ``read`` maps a value to one that stands for it.

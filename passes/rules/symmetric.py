@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,7 +22,6 @@ from attnrewrite.passes.graph.axes import AxisError, Layout, backward, flat_layo
 from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
-
 
 _DEPTH = 40
 """Steps between a projection and the product, at most."""
@@ -110,9 +110,10 @@ def _piece(node: object) -> object:
     joined, number = split.args[0], node.args[1]
     if op(split) not in ("split", "split_with_sizes", "chunk") or not is_node(joined) or op(joined) != "cat":
         return node
-    parts, rank = joined.args[0], len(shape(joined))
+    parts: Any = joined.args[0]
+    rank = len(shape(joined))
     dim = int(argument(joined, 1, "dim", 0)) % rank
-    if dim != int(argument(split, 2, "dim", 0)) % rank or not isinstance(parts, list | tuple):
+    if dim != int(argument(split, 2, "dim", 0)) % rank:
         return node
     wanted = _edges(split.meta["val"], dim)[int(str(number))]
     edges = _edges([part.meta["val"] for part in parts], dim)

@@ -83,7 +83,7 @@ def test_a_model_whose_keys_are_its_queries_stays_the_same_function(name: str) -
 
 def test_pairwise_with_an_invertible_key_projection_is_any_head() -> None:
     """Square key projections, with rotary embedding and several query heads to one key head."""
-    model = tiny.llama(num_attention_heads=3, num_key_value_heads=1, head_dim=32).double()
+    model = tiny.llama(num_key_value_heads=1, head_dim=32).double()
     ids = torch.randint(tiny.VOCABULARY, (2, 11))
     with torch.no_grad():
         for _, key in projections(model):
@@ -97,17 +97,20 @@ def test_pairwise_with_an_invertible_key_projection_is_any_head() -> None:
 # --- what is removed --------------------------------------------------------------------------------------
 
 
+SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
+
+
 @pytest.mark.parametrize(
     ("sizes", "form", "wanted"),
     [
         ({}, None, 109_514_298),
         ({}, "pairwise", 103_017_018),
         ({}, "symmetric", 102_427_194),
-        ({"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}, None, 28_795_194),
-        ({"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}, "pairwise", 27_875_642),
-        ({"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}, "symmetric", 27_744_570),
+        (SMALL, None, 28_795_194),
+        (SMALL, "pairwise", 27_875_642),
+        (SMALL, "symmetric", 27_744_570),
     ],
-)  # fmt: skip
+)
 def test_parameters_of_the_papers_models(sizes: dict[str, int], form: str | None, wanted: int) -> None:
     """The counts of the authors' published models: BERT with the head of masked language modelling."""
     with torch.device("meta"):
@@ -145,7 +148,8 @@ def test_removed_weights_are_gone_everywhere_until_restored(
     attnrewrite.convert(model, config, example_kwargs=inputs)
     left = dict(model.named_parameters())
     assert sum(p.numel() for p in left.values()) == total - gone
-    assert sum(p.numel() for p in model.state_dict(keep_vars=True).values() if isinstance(p, nn.Parameter)) == total - gone
+    kept = {id(p): p.numel() for p in model.state_dict(keep_vars=True).values() if isinstance(p, nn.Parameter)}
+    assert sum(kept.values()) == total - gone
     folder = attnrewrite.save_pretrained(model, tmp_path / "out")
     files = [load_file(folder / file) for file in ("model.safetensors", WEIGHTS)]
     saved = {key: value for file in files for key, value in file.items() if value.is_floating_point()}
@@ -196,15 +200,25 @@ def test_decoding_with_a_cache_equals_the_whole_pass(name: str, config: Symmetri
 
 @pytest.mark.parametrize("config", [ALL, SYMMETRIC], ids=str)
 def test_only_distances_count_and_padding_does_not(config: SymmetricConfig) -> None:
-    """S stands before the rotation: a sequence behind padding, at later positions, gives what it gives alone."""
+    """S stands before the rotation: a sequence behind padding, at later positions, gives what it gives alone.
+
+    Up to the rotation's tables, which are float32.
+    """
     model = tiny.llama(num_key_value_heads=4).double()
     ids = torch.randint(tiny.VOCABULARY, (2, 9))
     attnrewrite.convert(model, config, example_inputs=(ids,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0) if parameter.dim() > 1 else None
     padded = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ids], 1)
     mask = torch.cat([torch.zeros(2, 4), torch.ones(2, 9)], 1).long()
     positions = torch.arange(13).expand(2, -1)
     behind = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
-    torch.testing.assert_close(behind, model(ids).logits, rtol=1e-9, atol=1e-11)
+    alone = model(ids).logits
+    spread = alone.std()
+    torch.testing.assert_close(behind / spread, alone / spread, rtol=1e-5, atol=1e-5)
+    swapped = model(ids[:, [1, 0, *range(2, 9)]]).logits[:, 2:]
+    assert float((swapped - alone[:, 2:]).abs().max() / spread) > 1e-2
 
 
 def test_a_training_step_compiled_whole_reaches_shared_and_pair_weights() -> None:
@@ -231,7 +245,7 @@ def test_a_training_step_compiled_whole_reaches_shared_and_pair_weights() -> Non
         assert float(gradient.abs().max()) > 0
         torch.testing.assert_close(by_name[name].grad, gradient, rtol=1e-3, atol=1e-6)
     optimizer.step()
-    assert float(loss()) < float(first)
+    assert float(loss().detach()) < float(first.detach())
     assert not any(torch.equal(by_name[name], start[name]) for name in watched)
 
 
@@ -434,7 +448,7 @@ def test_fits_that_are_too_far_off_change_nothing() -> None:
     assert failure.code == "AR321"
     with pytest.raises(AttnRewriteError, match="AR303"):
         SymmetricConfig(max_error=-0.1)
-    with pytest.raises(AttnRewriteError, match="AR304.*\n.*replaces projections"):
+    with pytest.raises(AttnRewriteError, match=r"AR304.*\n.*replaces projections"):
         attnrewrite.Backend(variant=SymmetricConfig())
 
 

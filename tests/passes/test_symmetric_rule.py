@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -180,7 +179,11 @@ def test_mask_self_needs_to_know_where_a_query_stands() -> None:
             return self.o((torch.softmax(scores, -1) @ v).transpose(-3, -2).flatten(-2))
 
     seen = torch.rand(4, LENGTH) < 0.7
-    run: Callable[[bool], Tensor] = lambda on: converted(Memory, SymmetricConfig(max_error=1.0, mask_self=on))(x(), seen)  # noqa: E731  # short
+
+    def run(mask_self: bool) -> Tensor:
+        out: Tensor = converted(Memory, SymmetricConfig(max_error=1.0, mask_self=mask_self))(x(), seen)
+        return out
+
     assert run(False).shape == (2, 4, WIDTH)
     with pytest.raises(Exception, match="mask_self needs to know"):
         run(True)
