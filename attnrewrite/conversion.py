@@ -230,8 +230,8 @@ def conversion_of(model: torch.nn.Module) -> Conversion | None:
 def fit_errors(model: torch.nn.Module) -> dict[str, dict[str, list[float] | None]]:
     """Return how far each layer with a fitted projection was from the original's scores, by layer path.
 
-    ``"frobenius"`` and, where the fit had data, ``"weighted"`` (in the norm of the inputs' covariance) hold the relative
-    error of every query head.
+    ``"frobenius"`` holds the relative error of every query head; ``"weighted"`` the same in the norm of the inputs'
+    covariance, None where the fit had no data.
     """
     found = conversion_of(model)
     return {} if found is None else {layer: x["errors"] for layer, x in found.details.items() if "errors" in x}

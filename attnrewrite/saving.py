@@ -25,6 +25,7 @@ from attnrewrite.conversion import (
     Conversion,
     compile_in_place,
     conversion_of,
+    fit_errors,
     install,
     new_parameters,
     new_state,
@@ -126,8 +127,11 @@ def replaced_modules(folder: Path) -> tuple[str, ...]:
 
     Raises SaveError AR602, AR604.
     """
-    swapped = [entry.get("swap", {}) for entry in _read_config(folder)["sites"] if isinstance(entry, dict)]
-    return tuple(path for swap in swapped if isinstance(swap, dict) for path in swap.get("modules", []))
+    try:
+        swaps = [entry.get("swap", {}) for entry in _read_config(folder)["sites"]]
+        return tuple(str(path) for swap in swaps for path in swap.get("modules", []))
+    except (AttributeError, TypeError) as failure:
+        raise error("AR604", f"a site of the saved conversion in {folder} is incomplete: {failure!r}") from None
 
 
 def is_conversion(path: str | Path) -> bool:
@@ -220,7 +224,8 @@ def _write(
         "sites": sites,
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
-    (folder / REPORT).write_text(json.dumps(report or {"sites": [s["layer"] for s in sites]}, indent=2) + "\n")
+    summary = {"sites": [s["layer"] for s in sites], "fit_errors": fit_errors(model)}
+    (folder / REPORT).write_text(json.dumps(report or summary, indent=2) + "\n")
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
     if not (folder / CARD).exists():
         (folder / CARD).write_text(_card(model, conversion))
@@ -232,10 +237,12 @@ def _card(model: torch.nn.Module, conversion: Conversion) -> str:
         counts[config.variant] = counts.get(config.variant, 0) + 1
     what = ", ".join(f"{name} in {n} layers" for name, n in counts.items())
     added = sum(p.numel() for _, p in new_parameters(model))
+    removed = added + sum(p.numel() for _, p in original_parameters(model)) - sum(p.numel() for p in model.parameters())
+    changed = f"{added:,} parameters were added" + (f", {removed:,} removed" if removed else "")
     return (
         "---\nlibrary_name: attnrewrite\n---\n"
         f"# {type(model).__name__} with {what}\n\n"
-        f"Converted by attnrewrite {attnrewrite.__version__}; {added:,} parameters were added. Load it with\n\n"
+        f"Converted by attnrewrite {attnrewrite.__version__}; {changed}. Load it with\n\n"
         '```python\nimport attnrewrite\nmodel = attnrewrite.load_pretrained("this folder")\n```\n'
     )
 

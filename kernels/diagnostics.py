@@ -332,9 +332,10 @@ _ALL = [
     Diagnostic(
         "AR321",
         "no shared projection is close enough",
-        "Queries and keys of these layers are too different for one projection: the best one has a larger relative error "
-        "of the scores than max_error. Layers beyond it stay as they are; where all are, nothing is converted.",
-        "raise max_error (1 converts every layer) and train afterwards; attnrewrite.fit_errors(model) shows what was lost",
+        "Queries and keys of these layers are too different for one projection: the best one has a larger relative "
+        "error of the scores than max_error. They stay as they are; where all layers do, nothing is converted.",
+        "take fit='data', which has smaller errors on what the layers see, or raise max_error (1 converts every layer) "
+        "and train afterwards",
     ),
     Diagnostic(
         "AR322",

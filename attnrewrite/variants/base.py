@@ -6,7 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from attnrewrite.kernels.diagnostics import closest, error
@@ -28,7 +28,7 @@ class Swap:
     """
 
     modules: Mapping[str, torch.nn.Module]
-    details: dict[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Calibrator(Protocol):
@@ -120,8 +120,8 @@ class VariantConfig:
     ) -> dict[str, Swap]:
         """Return what to replace in each layer of ``sites``; a layer that is missing stays as it is.
 
-        ``capture`` is the graph that the sites and their rows of the report come from; ``run`` runs the model, as it is,
-        on the example inputs. The model is not changed. Raises VariantError AR307 and others where that is not possible.
+        ``capture`` is the graph that the sites and their rows of the report come from; ``run`` runs the model, as it
+        is, on the example inputs. The model is not changed. Raises VariantError where that is not possible.
         """
         raise NotImplementedError
 

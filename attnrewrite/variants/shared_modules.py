@@ -58,7 +58,8 @@ class _Sharer(nn.Module):
         pair = self.matrices()
         if pair is None:
             return shared
-        heads = shared.unflatten(-1, (self.sharing.kv_heads, -1)).transpose(-3, -2)  # [.., Hkv, L, D]
+        shape = (*shared.shape[:-1], self.sharing.kv_heads, self.sharing.head_dim)
+        heads = shared.view(shape).transpose(-3, -2)  # [.., Hkv, L, D]
         whole = heads if heads.dim() == 4 else heads.reshape(-1, *heads.shape[-3:])
         query = pairwise_query(whole, pair).transpose(-3, -2).flatten(-2)  # [B, L, H D]
         return query.reshape(*shared.shape[:-1], -1)
@@ -134,7 +135,7 @@ def projection_like(old: nn.Module, features: int, bias: bool) -> nn.Module:
     """Return a projection of the same kind and input with another number of output features."""
     weight, width = _weight(old), _size(old)[1]
     if _is_conv1d(old):
-        made: nn.Module = type(old)(features, width)  # type: ignore[call-arg]  # Conv1D(out, in)
+        made: nn.Module = type(old)(features, width)
         return made.to(weight.dtype)
     return nn.Linear(width, features, bias, dtype=weight.dtype)
 

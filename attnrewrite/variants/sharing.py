@@ -60,19 +60,16 @@ def share(
 
 def shared_modules(model: nn.Module, details: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Do what ``SymmetricConfig.swapped_modules`` does."""
-    try:
-        sharing = Sharing(**{f.name: details[f.name] for f in fields(Sharing)})
-    except (KeyError, TypeError) as failure:
-        raise error(
-            "AR604", f"a layer of the saved conversion says too little of its projection: {failure!r}"
-        ) from None
     known = dict(model.named_modules())
-    for path in (sharing.query, sharing.key):
+    for path in (details.get("query"), details.get("key")):
         if path not in known:
             raise error("AR603", f"{type(model).__name__} has no module {path!r}")
         if (reason := unusable(known[path])) is not None:
             raise error("AR603", f"{path} is {reason}")
-    return empty_modules(model, sharing)
+    try:
+        return empty_modules(model, Sharing(**{f.name: details[f.name] for f in fields(Sharing)}))
+    except (KeyError, TypeError, ValueError, RuntimeError) as failure:
+        raise error("AR604", f"the shared projection in {details['key']} is described wrongly: {failure!r}") from None
 
 
 # --- which layers -----------------------------------------------------------------------------------------
@@ -122,9 +119,7 @@ def _read(
         raise refuse(f"{query.module} gives something else beside the queries")
     symmetric = config.form == "symmetric"
     if symmetric and row.rope not in ("none", "half", "interleaved"):
-        raise refuse(
-            "the queries turn with the position in a way that is not read, so that no projection can be fitted"
-        )
+        raise refuse("the queries turn with the position in a way that is not read, so that nothing can be fitted")
     if symmetric and row.cache == "none" and "key" in (row.other_users or ()):
         raise refuse("the keys are also used outside of the attention")
     return _Layer(row, query, key, _projections(model, query, key, row))
@@ -261,7 +256,7 @@ def _sharing(config: SymmetricConfig, old: nn.Module, layer: _Layer, fitted: Sha
         D,
         form=None if config.form == "symmetric" else config.pair_form,
         new_key=new_key,
-        bias=old.bias is not None or fitted.bias is not None,
+        bias=isinstance(old.bias, Tensor) or fitted.bias is not None,
         rows=not layer.fused and not (whole and _in_order(layer.key.rows)),
         order=not _in_order(_places(old, layer) if layer.fused else layer.query.rows),
     )
@@ -291,7 +286,7 @@ def _fused_state(old: nn.Module, layer: _Layer, fitted: SharedLayer) -> dict[str
     weight, bias = _by_rows(fitted.weight, fitted.bias)
     weight = torch.cat((weight, weight_of(old)[rest].double()))
     bias = torch.cat((bias, _bias_of(old)[rest]))
-    values = {"proj.weight": as_weight(old, weight), **({"proj.bias": bias} if old.bias is not None else {})}
+    values = {"proj.weight": as_weight(old, weight), **({"proj.bias": bias} if isinstance(old.bias, Tensor) else {})}
     places = _places(old, layer)
     return {layer.key.module: {**values, **({} if _in_order(places) else {"order": places.argsort()})}}
 

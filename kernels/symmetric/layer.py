@@ -72,8 +72,9 @@ class SharedLayer:
 def fit_layer(layer: Projections, moments: Moments | None, form: PairForm | None) -> SharedLayer:
     """Fit every head of a layer: symmetric with ``form`` None, where H = Hkv, else pairwise with that form of S.
 
-    Pairwise keeps the keys as they are under rotary embedding, where heads share keys, and where ``keeps_keys`` says so;
-    elsewhere keys and S are fitted together. ``moments`` weigh the directions of the inputs; without them all weigh the same.
+    Pairwise keeps the keys as they are under rotary embedding, where heads share keys, and where ``keeps_keys`` says
+    so; elsewhere keys and S are fitted together. ``moments`` weigh the directions of the inputs; without them all
+    weigh the same.
     """
     norms = _Norms.of(layer, moments)
     if form is None:
@@ -110,9 +111,7 @@ class _Norms:
         if moments is None:
             return cls()
         mean, second = moments.mean.double(), moments.second.double()
-        second = (
-            second + torch.eye(len(mean), dtype=second.dtype, device=second.device) * RIDGE * second.diagonal().mean()
-        )
+        second = second + torch.diag_embed(RIDGE * second.diagonal().mean().expand_as(mean))
         if not layer.biased:
             return cls(second, second)
         beside = torch.cat((mean, mean.new_ones(1)))

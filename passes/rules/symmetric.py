@@ -9,15 +9,16 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.symmetric.reference import SELF
-from attnrewrite.passes.attention.form import Attention, Reject
+from attnrewrite.passes.attention.form import Attention, Operand, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
-from attnrewrite.passes.graph.axes import flat_layout
+from attnrewrite.passes.graph.axes import AxisError, Layout, backward, flat_layout
 from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
@@ -84,9 +85,22 @@ def one_value(site: Attention) -> bool:
         return False
     pairs = zip(site.query_layout, site.key_layout, strict=True)
     renamed = {s: t for dims in pairs for s, t in zip(*dims, strict=False)}
-    laid_out = [tuple(renamed.get(s) for s in dim) for dim in flat_layout(site.query.layout)]
-    alike = laid_out == list(flat_layout(site.key.layout))
-    return alike and same_value(site.query.node, site.key.node, _DEPTH, _piece)
+    (query, laid_out), (key, wanted) = _unmoved(site.query), _unmoved(site.key)
+    alike = [tuple(renamed.get(s) for s in dim) for dim in laid_out] == list(wanted)
+    return alike and same_value(query, key, _DEPTH, _piece)
+
+
+def _unmoved(operand: Operand) -> tuple[fx.Node, Layout]:
+    """Return the value before its axes were moved, and its layout."""
+    found = operand.node, operand.layout
+    while True:
+        try:
+            moved = backward(found[1], found[0])
+        except AxisError:
+            moved = None
+        if moved is None:
+            return found[0], flat_layout(found[1])
+        found = moved
 
 
 def _piece(node: object) -> object:
@@ -96,9 +110,10 @@ def _piece(node: object) -> object:
     joined, number = split.args[0], node.args[1]
     if op(split) not in ("split", "split_with_sizes", "chunk") or not is_node(joined) or op(joined) != "cat":
         return node
-    parts, rank = joined.args[0], len(shape(joined))
+    parts: Any = joined.args[0]
+    rank = len(shape(joined))
     dim = int(argument(joined, 1, "dim", 0)) % rank
-    if dim != int(argument(split, 2, "dim", 0)) % rank or not isinstance(parts, list | tuple):
+    if dim != int(argument(split, 2, "dim", 0)) % rank:
         return node
     wanted = _edges(split.meta["val"], dim)[int(str(number))]
     edges = _edges([part.meta["val"] for part in parts], dim)
