@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from attnrewrite.variants import SdpaConfig as SdpaConfig
     from attnrewrite.variants import SEAConfig as SEAConfig
     from attnrewrite.variants import SelectiveConfig as SelectiveConfig
+    from attnrewrite.variants import SelectiveSSAConfig as SelectiveSSAConfig
     from attnrewrite.variants import SSAConfig as SSAConfig
     from attnrewrite.variants import SymmetricConfig as SymmetricConfig
     from attnrewrite.variants import VariantConfig as VariantConfig
@@ -63,6 +64,7 @@ _PUBLIC = {
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",
+    "SelectiveSSAConfig": "variants",
     "SymmetricConfig": "variants",
     "VariantConfig": "variants",
     "calibrate": "calibration",

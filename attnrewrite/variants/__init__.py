@@ -12,6 +12,7 @@ from attnrewrite.variants.routing import RoutingConfig as RoutingConfig
 from attnrewrite.variants.sdpa import SdpaConfig as SdpaConfig
 from attnrewrite.variants.sea import SEAConfig as SEAConfig
 from attnrewrite.variants.selective import SelectiveConfig as SelectiveConfig
+from attnrewrite.variants.selective_ssa import SelectiveSSAConfig as SelectiveSSAConfig
 from attnrewrite.variants.ssa import SSAConfig as SSAConfig
 from attnrewrite.variants.symmetric import SymmetricConfig as SymmetricConfig
 
@@ -63,6 +64,14 @@ for _info in (
         True,
         "Lee, Kim, Willette, Hwang, ICLR 2024, arXiv 2310.01777",
         SEAConfig,
+    ),
+    VariantInfo(
+        "selective_ssa",
+        "selective over the temperatures of ssa",
+        True,
+        True,
+        "arXiv 2410.02703 and 2411.12892",
+        SelectiveSSAConfig,
     ),
 ):
     register_variant(_info)

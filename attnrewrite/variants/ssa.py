@@ -22,15 +22,20 @@ ALMOST_IDENTITY = -7.4
 class SSAConfig(VariantConfig):
     """Selective self-attention by temperature (Zhang et al., NeurIPS 2024, arXiv 2411.12892).
 
-    gate: "head" gives every head its own weight vector over its own projected features.
+    gate: what the token's part of a head's temperature reads: "head" its own projected features, "full" those of all
+        heads, with a weight vector per head; "shared" those of all heads, the same temperature for all.
+    parts: "token" and "position" leave the other part out, for ablations.
+    on: "query" and "value" leave the other temperature at 1, for ablations.
     position: "linear" trains the gain of ln n itself, 0 at the start, so that a converted model is unchanged until it
         is trained; "sigmoid" trains α with gain σ(α), -7.4 at the start, for training from scratch.
     """
 
     variant: ClassVar[str] = "ssa"
 
-    gate: Literal["head"] = "head"
+    gate: Literal["head", "full", "shared"] = "head"
     position: Literal["linear", "sigmoid"] = "linear"
+    parts: Literal["both", "token", "position"] = "both"
+    on: Literal["both", "query", "value"] = "both"
 
     @property
     def adds_parameters(self) -> bool:
@@ -39,22 +44,26 @@ class SSAConfig(VariantConfig):
 
     @property
     def starts_as_identity(self) -> bool:
-        """Linear gains start at exactly 0."""
-        return self.position == "linear"
+        """Gates start at 0, and linear gains too."""
+        return self.position == "linear" or self.parts == "token"
 
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """Return gates [H, D], [Hkv, Dv] and gains of one layer. Raises VariantError AR307 for symbolic head counts."""
+        """Return gates and gains of one layer: ``[H, D]``, ``[H, H, D]`` or ``[1, H, D]`` for queries, and 0-d.
+
+        Raises VariantError AR307 for symbolic head counts.
+        """
         sizes = site.sizes()
-        shape = {name: sizes[name] for name in ("H", "Hkv", "D", "Dv")}
-        if not all(isinstance(n, int) for n in shape.values()):
-            raise error("AR307", f"head counts and dims must be numbers, not {shape}", layer=site.layer)
-        shapes = {
-            "q_gate": (shape["H"], shape["D"]),
-            "v_gate": (shape["Hkv"], shape["Dv"]),
-            "q_gain": (),
-            "v_gain": (),
-        }
+        if not all(isinstance(sizes[name], int) for name in ("H", "Hkv", "D", "Dv")):
+            raise error("AR307", f"head counts and dims must be numbers, not {sizes}", layer=site.layer)
+        heads = {"q": (sizes["H"], sizes["D"]), "v": (sizes["Hkv"], sizes["Dv"])}
+        of = {name: self._gate_shape(*shape) for name, shape in heads.items()}
+        which = [name for name, word in (("q", "query"), ("v", "value")) if self.on in ("both", word)]
+        shapes = {f"{name}_gate": of[name] for name in which if self.parts != "position"}
+        shapes |= {f"{name}_gain": () for name in which if self.parts != "token"}
         return self.empty_module(shapes).to(device)
+
+    def _gate_shape(self, heads: int, width: int) -> tuple[int, ...]:
+        return {"head": (heads, width), "full": (heads, heads, width), "shared": (1, heads, width)}[self.gate]
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the module with zero gates and initial gains, all fp32."""

@@ -10,19 +10,27 @@ from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sdpa.reference import attention
-from attnrewrite.kernels.visibility import accumulation_dtype, check_attention, check_broadcast, check_shape
+from attnrewrite.kernels.visibility import (
+    accumulation_dtype,
+    check_attention,
+    check_broadcast,
+    check_shape,
+    full_precision,
+)
 
 
-def temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, positions: Tensor) -> Tensor:
+def temperature(projection: Tensor, gate: Tensor | None, gain: float | Tensor, positions: Tensor) -> Tensor:
     """Return the inverse temperature of every token and head: one part from the token, one from its position.
 
-    ``tau = tanh(sum_d GELU(projection)_d gate_d) + 1 + gain log(position)`` with natural logarithm and exact
-    (erf) GELU (arXiv 2411.12892, token-aware and position-aware temperature). Larger is sharper. With gate
-    and gain 0 it is exactly 1.
+    ``tau_h = tanh(f_h) + 1 + gain log(position)`` with natural logarithm, exact (erf) GELU and
+    ``f_h = sum_d GELU(projection)_hd gate_hd``, or with gates on the features of all heads
+    ``f_h = sum_gd GELU(projection)_gd gate_hgd`` (arXiv 2411.12892, token-aware and position-aware temperature).
+    Larger is sharper. With gate and gain 0 it is exactly 1.
 
     Args:
         projection: ``[B, H, L, D]``, the raw query (value) projection, before position embedding and norm.
-        gate: ``[H, D]``.
+        gate: ``[H, D]``; ``[H, H, D]``, of all heads' features for each head; ``[1, H, D]``, of all heads' features
+            and the same for each head; None leaves the token's part out.
         gain: number or 0-d tensor; the factor of the logarithm, after any sigmoid.
         positions: 1-based, integer or float, broadcastable to ``[B, H, L]``; below 1 (padding) counts as 1.
 
@@ -34,9 +42,20 @@ def temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, position
     """
     _check_temperature(projection, gate, gain, positions)
     dtype = accumulation_dtype(projection.dtype)
-    # A product and a sum, not a contraction: autocast would take that one back to 16 bit.
-    token = (F.gelu(projection.to(dtype)) * gate.to(dtype).unsqueeze(-2)).sum(dim=-1)  # [B, H, L]
-    return torch.tanh(token) + 1 + gain * torch.log(positions.to(dtype).clamp(min=1))
+    place = 1 + gain * torch.log(positions.to(dtype).clamp(min=1))
+    if gate is None:
+        return place.expand(projection.shape[:3])
+    return torch.tanh(_of_token(F.gelu(projection.to(dtype)), gate.to(dtype))) + place
+
+
+def _of_token(features: Tensor, gate: Tensor) -> Tensor:
+    """Return f, ``[B, H, L]``."""
+    if gate.dim() == 2:
+        # A product and a sum, not a contraction: autocast would take that one back to 16 bit.
+        return (features * gate.unsqueeze(-2)).sum(dim=-1)
+    with full_precision(features.device):
+        found = gate.flatten(1) @ features.transpose(-1, -2).flatten(1, 2)  # [H or 1, H D] @ [B, H D, L]
+    return found.expand(features.shape[:3])
 
 
 def ssa_attention(
@@ -115,15 +134,18 @@ def scaled(states: Tensor, factor: Tensor) -> Tensor:
     return (states.to(dtype) * factor.to(dtype).unsqueeze(-1)).to(states.dtype)
 
 
-def _check_temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, positions: Tensor) -> None:
+def _check_temperature(projection: Tensor, gate: Tensor | None, gain: float | Tensor, positions: Tensor) -> None:
     if projection.dim() != 4 or not projection.is_floating_point():
         raise error(
             "AR402",
             f"projection has {projection.dim()} dimensions of {projection.dtype}; needed: 4, float",
-            hint="projection is [B, H, L, D], gate is [H, D]",
+            hint="projection is [B, H, L, D]",
         )
     B, H, L, D = projection.shape
-    check_shape("gate", gate, "H x D", (H, D))
+    if gate is not None and gate.dim() == 3:
+        check_shape("gate", gate, "H or 1 x H x D", (1 if gate.shape[0] == 1 else H, H, D))
+    elif gate is not None:
+        check_shape("gate", gate, "H x D", (H, D))
     check_broadcast("positions", positions, (B, H, L))
     if isinstance(gain, Tensor) and gain.dim() != 0:
         raise error("AR402", f"gain has {gain.dim()} dimensions; needed is a number or 0-d tensor", hint="")

@@ -5,10 +5,18 @@ from attnrewrite.passes.rules.routing import RoutingRule
 from attnrewrite.passes.rules.sdpa import SdpaRule
 from attnrewrite.passes.rules.sea import SEARule
 from attnrewrite.passes.rules.selective import SelectiveRule
+from attnrewrite.passes.rules.selective_ssa import SelectiveSSARule
 from attnrewrite.passes.rules.ssa import SSARule
 from attnrewrite.passes.rules.symmetric import SymmetricRule
 
-RULES: dict[str, Rule] = {
-    rule.variant: rule for rule in (SdpaRule(), SelectiveRule(), SSARule(), SymmetricRule(), RoutingRule(), SEARule())
-}
+_ALL: tuple[Rule, ...] = (
+    SdpaRule(),
+    SelectiveRule(),
+    SSARule(),
+    SymmetricRule(),
+    RoutingRule(),
+    SEARule(),
+    SelectiveSSARule(),
+)
+RULES: dict[str, Rule] = {rule.variant: rule for rule in _ALL}
 """Variant name -> rule. A sixth variant adds itself here through ``attnrewrite.register_variant``."""

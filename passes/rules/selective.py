@@ -68,7 +68,7 @@ class SelectiveRule:
             return empty_rows(t, out, q, k, v, forward=True)
 
         def continued(t: SiteTensors) -> torch.Tensor:
-            q, k, v = common_dtype(t.query(), t.key(), t.value())
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
             whole, bounded = same_length(t.site) and not t.site.visibility.dense, "budget" in t.extra
             one = q.new_ones((), dtype=accumulation_dtype(q.dtype))
             out, votes, protected = step(

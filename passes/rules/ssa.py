@@ -25,7 +25,7 @@ class SSARule:
         check_terms(site)
         heads, width = site.sizes()["H"], site.sizes()["D"]
         gate = request.parameters.get("q_gate")
-        if gate is not None and tuple(gate.meta["val"].shape) != (heads, width):
+        if gate is not None and tuple(gate.meta["val"].shape[-2:]) != (heads, width):
             raise Reject(
                 "AR309",
                 f"the gates are for {tuple(gate.meta['val'].shape)}, the site has {(heads, width)}",
@@ -39,27 +39,15 @@ class SSARule:
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return SSA with the request's options."""
-        sigmoid = request.config.get("position", "linear") == "sigmoid"
-
-        def gain(value: torch.Tensor) -> torch.Tensor:
-            value = value if value.dtype == torch.float64 else value.float()
-            return torch.sigmoid(value) if sigmoid else value
 
         def ssa(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            source = projection(t.site, "query")
-            raw = t.extra["projection"]
-            raw = t.arranged(raw, source.layout, t.site.query_layout)
-            q_index, v_index = positions(t)
-            tau_q = temperature(raw, t.extra["q_gate"], gain(t.extra["q_gain"]), q_index)
-            tau_v = temperature(t.value(), t.extra["v_gate"], gain(t.extra["v_gain"]), v_index)
             mask, is_causal = mask_arguments(t, q.dtype)
             return ssa_attention(
                 q,
                 k,
                 v,
-                tau_q,
-                tau_v,
+                *temperatures(t, request),
                 mask,
                 t.site.dropout,
                 is_causal=is_causal,
@@ -69,6 +57,23 @@ class SSARule:
             )
 
         return ssa
+
+
+def temperatures(t: SiteTensors, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the temperatures of queries [B, H, L] and values [B, Hkv, S]."""
+    raw = t.arranged(t.extra["projection"], projection(t.site, "query").layout, t.site.query_layout)
+    sigmoid = request.config.get("position", "linear") == "sigmoid"
+
+    def one(which: str, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        gain: float | torch.Tensor = 0.0
+        if f"{which}_gain" in t.extra:
+            value = t.extra[f"{which}_gain"]
+            value = value if value.dtype == torch.float64 else value.float()
+            gain = torch.sigmoid(value) if sigmoid else value
+        return temperature(states, t.extra.get(f"{which}_gate"), gain, index)
+
+    q_index, v_index = positions(t)
+    return one("q", raw, q_index), one("v", t.value(), v_index)
 
 
 def positions(t: SiteTensors) -> tuple[torch.Tensor, torch.Tensor]:
