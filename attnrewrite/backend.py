@@ -95,9 +95,10 @@ class Backend:
         if self.kernels == "triton":
             raise error("AR403", f"{self.config.variant} has no generated kernel yet")
         if self.config.adds_parameters:
+            does = "replaces projections in" if self.config.swaps_modules else "adds parameters to"
             raise error(
                 "AR304",
-                f"{self.config.variant} adds parameters to every layer",
+                f"{self.config.variant} {does} every layer",
                 hint=_convert_hint(self.config),
             )
 

@@ -6,15 +6,18 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from attnrewrite.backend import Backend, globs, resolve
+from attnrewrite.decoding import state_layer
+from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.passes.attention.form import Attention, Reject
+from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.pipeline import Pipeline, not_applied
 from attnrewrite.passes.report import Site
 from attnrewrite.passes.rewriting import markers
@@ -22,7 +25,7 @@ from attnrewrite.passes.rewriting.enter import enter
 from attnrewrite.passes.rewriting.select import matches
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.variants import VariantConfig
+from attnrewrite.variants import Swap, VariantConfig
 from attnrewrite.verification import compare, outputs
 
 Plan = VariantConfig | str | Mapping[str, VariantConfig | str]
@@ -32,39 +35,73 @@ Plan = VariantConfig | str | Mapping[str, VariantConfig | str]
 class EnterHook:
     """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
 
-    ``names`` are those of the new parameters and buffers. A plain object without handles, so that a converted model
-    can be copied and pickled.
+    ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
+    and ``details`` what the replacement is. A plain object without handles, so that a converted model can be copied
+    and pickled.
     """
 
     layer: str
     config: VariantConfig
     names: tuple[str, ...]
+    originals: dict[str, torch.nn.Module] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settings = self.config.to_dict()
         self.variant = settings.pop("variant")
         # Written once and not at each call, because Dynamo would have to trace the writing.
         self.paths = [name.split(".") for name in self.names]
-        self.site = markers.encode(self.layer, self.variant, settings, self.names)
-        self.learning = self.site
-        if self.config.learns_from_inputs:
-            self.learning = markers.encode(self.layer, self.variant, settings, self.names, learning=True)
+        held = self.config.state_names
+        states = [(), held, (*held, "position"), (*held, "budget")] if held else [()]
+        self.sites = {
+            (state, learning): markers.encode(
+                self.layer,
+                self.variant,
+                settings,
+                self.names,
+                state,
+                learning=learning and self.config.learns_from_inputs,
+            )
+            for state in states
+            for learning in (False, True)
+        }
 
     def __call__(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Replace the first floating-point tensor among the inputs by the marker's result."""
-        holder = getattr(module, self.variant, None)
-        state = [functools.reduce(getattr, path, holder) for path in self.paths]
-        site = self.learning if module.training else self.site
         for index, value in enumerate(args):
             if _is_layer_input(value):
-                marked = enter(value, state, site)
+                marked = self._enter(module, value, args, kwargs)
                 return (*args[:index], marked, *args[index + 1 :]), kwargs
         for key, value in kwargs.items():
             if _is_layer_input(value):
-                return args, {**kwargs, key: enter(value, state, site)}
+                return args, {**kwargs, key: self._enter(module, value, args, kwargs)}
         raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
+
+    def _enter(
+        self, module: torch.nn.Module, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        holder = getattr(module, self.variant, None)
+        parameters = [functools.reduce(getattr, path, holder) for path in self.paths]
+        state: dict[str, torch.Tensor] = {}
+        if self.config.state_names:
+            held = state_layer(module, args, kwargs, self.layer)
+            state = {} if held is None else held.extend(self.config.new_state(holder, x))
+        return enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
+
+
+@dataclass
+class LeaveHook:
+    """Forward hook of a converted layer that keeps state in a cache: what the cache need not hold any more goes."""
+
+    layer: str
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Let the cache's layer settle."""
+        held = state_layer(module, args, kwargs, self.layer)
+        if held is not None:
+            held.settle()
 
 
 @dataclass
@@ -96,9 +133,10 @@ def _is_layer_input(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a model was converted to: layer path -> config."""
+    """What a model was converted to: layer path -> config; and what is known of the modules that were replaced."""
 
     sites: dict[str, VariantConfig]
+    details: dict[str, dict[str, Any]]
 
 
 def convert(
@@ -141,10 +179,14 @@ def convert(
     capture = capture_model(model, example_inputs, kwargs)
     chosen = _choose(Pipeline(verify=verify), capture, choices, globs(exclude))
     _check_names(model, chosen)
+    swaps = _swaps(model, capture, chosen, lambda: _reference(model, example_inputs, kwargs))
     expected = _reference(model, example_inputs, kwargs) if verify else None
     try:
-        for layer, (config, site) in chosen.items():
-            _install(model, layer, config, site)
+        for layer, (config, site, _) in chosen.items():
+            if not config.swaps_modules:
+                _install(model, layer, config, site)
+            elif layer in swaps:
+                install(model, layer, config, None, swaps[layer])
         compile_in_place(model)
         if expected is not None:
             with without_cache(model, kwargs) as inputs:
@@ -153,7 +195,7 @@ def convert(
                     example_inputs,
                     inputs,
                     expected,
-                    all(c.starts_as_identity for c, _ in chosen.values()),
+                    all(c.starts_as_identity for c, _, _ in chosen.values()),
                 )
     except BaseException:
         _remove(model)
@@ -162,20 +204,62 @@ def convert(
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo ``convert``: remove the markers and the new parameters; the model's own weights are untouched.
+    """Undo ``convert``: remove the markers and the new parameters, bring replaced modules back.
 
-    The model is left uncompiled. Raises VariantError AR310 where it carries no conversion.
+    The model's own weights are untouched, and it is left uncompiled.
+
+    Raises:
+        VariantError: AR310 where it carries no conversion, AR322 where it was loaded without the replaced weights.
     """
-    if conversion_of(model) is None:
-        raise error("AR310", f"{type(model).__name__} carries no conversion")
+    converted_layers(model)  # raises where there are none
+    for _, hook in _hooks(model):
+        gone = [path for path, old in hook.originals.items() if any(p.is_meta for p in old.parameters())]
+        if gone and not any(p.is_meta for p in model.parameters()):
+            raise error("AR322", f"{gone[0]} was loaded without the weights it had before", layer=hook.layer)
     _remove(model)
     return model
 
 
 def conversion_of(model: torch.nn.Module) -> Conversion | None:
     """Return what ``model`` was converted to, or None."""
-    sites = {hook.layer: hook.config for _, hook in _hooks(model)}
-    return Conversion(sites) if sites else None
+    hooks = [hook for _, hook in _hooks(model)]
+    details = {hook.layer: hook.details for hook in hooks if hook.details}
+    return Conversion({hook.layer: hook.config for hook in hooks}, details) if hooks else None
+
+
+def fit_errors(model: torch.nn.Module) -> dict[str, dict[str, list[float] | None]]:
+    """Return how far each layer with a fitted projection was from the original's scores, by layer path.
+
+    ``"frobenius"`` holds the relative error of every query head; ``"weighted"`` the same in the norm of the inputs'
+    covariance, None where the fit had no data.
+    """
+    found = conversion_of(model)
+    return {} if found is None else {layer: x["errors"] for layer, x in found.details.items() if "errors" in x}
+
+
+def original_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the names and parameters that the model had before its conversion."""
+    added = {name for name, _ in new_parameters(model)}
+    for name, parameter in model.named_parameters():
+        if name not in added:
+            yield name, parameter
+    for path, hook in _named_hooks(model):
+        for place, old in hook.originals.items():
+            for name, parameter in old.named_parameters():
+                yield f"{_place(path, hook, place)}.{name}", parameter
+
+
+def converted_layers(model: torch.nn.Module) -> dict[str, tuple[VariantConfig, torch.nn.Module | None]]:
+    """Return each converted layer's config, and the module of its new state if it has one.
+
+    Raises VariantError AR310 where the model carries no conversion.
+    """
+    found = {
+        hook.layer: (hook.config, getattr(owner, hook.variant) if hook.names else None) for owner, hook in _hooks(model)
+    }
+    if not found:
+        raise error("AR310", f"{type(model).__name__} carries no conversion")
+    return found
 
 
 def new_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -196,34 +280,44 @@ def _holders(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     for path, hook in _named_hooks(model):
         if hook.names:
             yield ".".join(filter(None, (path, hook.variant))) + ".", getattr(model.get_submodule(path), hook.variant)
+        for place in (_place(path, hook, x) for x in hook.originals):
+            yield place + ".", model.get_submodule(place)
+
+
+def _place(path: str, hook: EnterHook, place: str) -> str:
+    """Return the path of a replaced module in a model that the converted one may by now be a part of."""
+    return path.removesuffix(hook.layer) + place
 
 
 def compile_in_place(model: torch.nn.Module) -> None:
-    """Compile a converted model so that it can be called at once.
-
-    A model that is generated with, trained and evaluated meets more kinds of calls than torch's usual limit of eight,
-    beyond which torch would run it uncompiled, so the limit is raised, for this model only where torch can.
-    """
-    known = inspect.signature(torch.compile).parameters
-    limits = {"recompile_limit": 64, "isolate_recompiles": True}
-    model.compile(
-        backend=Backend(inner="eager", strict=True),
-        **{name: value for name, value in limits.items() if name in known},
-    )
+    """Compile a converted model so that it can be called at once."""
+    model.compile(backend=Backend(inner="eager", strict=True), **many_recompilations())
 
 
-def install(model: torch.nn.Module, layer: str, config: VariantConfig, holder: torch.nn.Module | None) -> None:
-    """Register parameters and marker of one layer."""
+def install(
+    model: torch.nn.Module,
+    layer: str,
+    config: VariantConfig,
+    holder: torch.nn.Module | None,
+    swap: Swap | None = None,
+) -> None:
+    """Register parameters and marker of one layer, and replace its modules."""
     owner = model.get_submodule(layer)
     names: tuple[str, ...] = ()
     if holder is not None:
         owner.register_module(config.variant, holder)
         names = tuple(name for name, _ in itertools.chain(holder.named_parameters(), holder.named_buffers()))
-    hook = EnterHook(layer, config, names)
+    swap = swap or Swap({})
+    originals = {path: model.get_submodule(path) for path in swap.modules}
+    hook = EnterHook(layer, config, names, originals, {**swap.details, "modules": list(originals)} if originals else {})
     if owner is model:
         model.forward = MarkedForward(hook, model, model.forward)
     else:
         owner.register_forward_pre_hook(hook, with_kwargs=True)
+        if config.state_names:
+            owner.register_forward_hook(LeaveHook(layer), with_kwargs=True)
+    for path, module in swap.modules.items():
+        model.set_submodule(path, module)
 
 
 def _install(model: torch.nn.Module, layer: str, config: VariantConfig, site: Attention) -> None:
@@ -237,7 +331,8 @@ def _install(model: torch.nn.Module, layer: str, config: VariantConfig, site: At
 
 
 def _remove(model: torch.nn.Module) -> None:
-    for owner, hook in list(_hooks(model)):
+    for path, hook in list(_named_hooks(model)):
+        owner = model.get_submodule(path)
         marked = owner.__dict__.get("forward")
         if isinstance(marked, MarkedForward):
             del owner.forward
@@ -247,9 +342,23 @@ def _remove(model: torch.nn.Module) -> None:
             if found is hook:
                 del owner._forward_pre_hooks[key]
                 owner._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, leave in list(owner._forward_hooks.items()):
+            if isinstance(leave, LeaveHook):
+                del owner._forward_hooks[key]
+                owner._forward_hooks_with_kwargs.pop(key, None)
         if hook.names:
             delattr(owner, hook.variant)
+        _bring_back(model, {_place(path, hook, place): old for place, old in hook.originals.items()})
     model._compiled_call_impl = None
+
+
+def _bring_back(model: torch.nn.Module, originals: Mapping[str, torch.nn.Module]) -> None:
+    """Put replaced modules in their places again, on the device and in the dtype that the model has by now."""
+    replaced = [model.get_submodule(path) for path in originals]
+    like = next((p for module in replaced for p in module.parameters()), None)
+    for (path, old), new in zip(originals.items(), replaced, strict=True):
+        old.train(new.training)
+        model.set_submodule(path, old if like is None else old.to(like.device, like.dtype))
 
 
 def _hooks(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, EnterHook]]:
@@ -280,12 +389,12 @@ def _choices(plan: Plan, targets: tuple[str, ...]) -> list[tuple[tuple[str, ...]
     return [(targets, resolve(plan))]
 
 
-Chosen = dict[str, tuple[VariantConfig, Attention]]
+Chosen = dict[str, tuple[VariantConfig, Attention, Site]]
 
 
 def _choose(
     pipeline: Pipeline,
-    capture: Any,
+    capture: Capture,
     choices: list[tuple[tuple[str, ...], VariantConfig]],
     exclude: tuple[str, ...],
 ) -> Chosen:
@@ -308,7 +417,7 @@ def _choose(
         if number not in sites or not _covers(wanted, sites[number], row):
             failed.append(row)
         else:
-            chosen.setdefault(row.layer, (wanted, sites[number]))
+            chosen.setdefault(row.layer, (wanted, sites[number], row))
     if failed:
         raise not_applied(failed)
     if not chosen:
@@ -328,9 +437,18 @@ def _covers(config: VariantConfig, site: Attention, row: Site) -> bool:
     return True
 
 
+def _swaps(model: torch.nn.Module, capture: Capture, chosen: Chosen, run: Callable[[], object]) -> dict[str, Swap]:
+    """Make what takes the places of modules, config by config."""
+    found: dict[str, Swap] = {}
+    for config in dict.fromkeys(config for config, _, _ in chosen.values() if config.swaps_modules):
+        sites = {layer: (site, row) for layer, (wanted, site, row) in chosen.items() if wanted == config}
+        found |= config.swaps(model, capture, sites, run)
+    return found
+
+
 def _check_names(model: torch.nn.Module, chosen: Chosen) -> None:
-    for layer, (config, _) in chosen.items():
-        if config.adds_parameters and hasattr(model.get_submodule(layer), config.variant):
+    for layer, (config, _, _) in chosen.items():
+        if config.adds_parameters and not config.swaps_modules and hasattr(model.get_submodule(layer), config.variant):
             raise error("AR311", f"the layer has an attribute {config.variant!r}", layer=layer)
 
 

@@ -1,7 +1,8 @@
-"""Capture a model graph by graph, as torch.compile does, where torch.export cannot take it as a whole."""
+"""What is asked of Dynamo: a model's graphs, where torch.export cannot take it as a whole, and many recompilations."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,17 @@ def capture_graphs(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[
     with torch.no_grad(), unchanged_buffers(model):
         torch.compile(model, backend=collect)(*args, **kwargs)
     return captures
+
+
+def many_recompilations() -> dict[str, Any]:
+    """Return keywords for ``torch.compile`` that let a model be compiled for more kinds of calls.
+
+    A model that is generated with, trained and evaluated meets more of them than torch's usual limit of eight, beyond
+    which torch would run it uncompiled. The limit is raised for this model only where torch can.
+    """
+    known = inspect.signature(torch.compile).parameters
+    limits = {"recompile_limit": 64, "isolate_recompiles": True}
+    return {name: value for name, value in limits.items() if name in known}
 
 
 @contextmanager

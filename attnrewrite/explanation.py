@@ -106,7 +106,7 @@ def _parameters_of(config: VariantConfig) -> Callable[[Attention], Mapping[str, 
         module = config.module(site, query.device, query.dtype)
         return dict(itertools.chain(module.named_parameters(), module.named_buffers()))
 
-    return parameters if config.adds_parameters else None
+    return parameters if config.adds_parameters and not config.swaps_modules else None
 
 
 def capture_model(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Capture:

@@ -148,7 +148,10 @@ def _load_transformers(folder: Path, options: LoadOptions) -> LoadedModel:
         raise error("AR103", detail + own, hint="write a function that returns the model: package.module:function")
     for file in _weight_files(folder):
         check_safetensors(file)
-    return _load_weights(cls, folder, folder, options, {})
+    from attnrewrite.saving import is_conversion, replaced_modules
+
+    replaced = replaced_modules(folder) if is_conversion(folder) else ()
+    return _load_weights(cls, folder, folder, options, {}, replaced)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -167,8 +170,18 @@ def _weight_files(folder: Path) -> list[Path]:
     return [file]
 
 
-def _load_weights(cls: Any, folder: Path, shown: Path, options: LoadOptions, where: dict[str, str]) -> LoadedModel:
-    """Load with transformers; a weight that the files lack is an error, never a random number."""
+def _load_weights(
+    cls: Any,
+    folder: Path,
+    shown: Path,
+    options: LoadOptions,
+    where: dict[str, str],
+    replaced: tuple[str, ...] = (),
+) -> LoadedModel:
+    """Load with transformers; a weight that the files lack is an error, never a random number.
+
+    Modules that a conversion has ``replaced`` may be missing from the files; they are put on the meta device.
+    """
     keywords: dict[str, Any] = {**where, "local_files_only": True, "output_loading_info": True}
     keywords["dtype"] = DTYPES[options.dtype or "float32"] if where else DTYPES.get(options.dtype or "", "auto")
     if options.attention:
@@ -178,7 +191,10 @@ def _load_weights(cls: Any, folder: Path, shown: Path, options: LoadOptions, whe
             model, info = cls.from_pretrained(str(folder), **keywords)
     except Exception as cause:
         raise _load_failure(shown, options, cause) from cause
-    if missing := sorted(info["missing_keys"]):
+    gone = {key.rpartition(".")[0] for key in info["missing_keys"]} & set(replaced)
+    for path in gone:
+        model.get_submodule(path).to("meta")
+    if missing := sorted(key for key in info["missing_keys"] if key.rpartition(".")[0] not in gone):
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise error("AR602", f"{shown} lacks {len(missing)} weights of {type(model).__name__}: {some}")
     loaded = LoadedModel(model.eval(), shown.name or str(shown.resolve()), source=shown)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import uncompiled, without_cache
 from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors, nodes_read
@@ -42,13 +43,24 @@ def observe(model: torch.nn.Module, batches: Iterable[Batch], see: Callable[[Obs
     A converted model runs as it was before: every layer sees what the original one sees. Nothing of it is changed.
     Raises what the model raises.
     """
-    backend = _Backend(see)
-    with uncompiled(model), evaluating(model):
-        run = torch.compile(model, backend=backend)
-        for batch in batches:
-            args, kwargs = call(batch)
-            with without_cache(model, kwargs) as inputs:
-                run(*args, **inputs)
+    for _ in outputs_observed(model, batches, see):
+        pass
+
+
+def outputs_observed(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    see: Callable[[Observed], None],
+    *,
+    converted: bool = False,
+) -> Iterator[Any]:
+    """Do what ``observe`` does, and yield what the model gives for each batch; ``converted`` runs it as what it is."""
+    run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
+    for batch in batches:
+        args, kwargs = call(batch)
+        with uncompiled(model), evaluating(model), without_cache(model, kwargs) as inputs:
+            result = run(*args, **inputs)
+        yield result
 
 
 def call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -60,9 +72,10 @@ def call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 @dataclass(eq=False)
 class _Backend:
-    """Runs graphs as they are, with one call of ``see`` behind every attention."""
+    """Runs graphs uncompiled, with one call of ``see`` behind every attention."""
 
     see: Callable[[Observed], None]
+    converted: bool
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         capture = from_dynamo(gm, example_inputs)
@@ -77,16 +90,21 @@ class _Backend:
         return capture.module
 
     def _tap(self, site: Attention, request: Request) -> None:
-        extra = RULES[request.variant].extra(site, request)
+        rule = RULES[request.variant]
+        extra = rule.extra(site, request)
         nodes = list(dict.fromkeys([*nodes_read(site), *extra.values()]))
+        replaced = self.converted and request.marker is not None
 
-        def tap(*values: Any) -> None:
+        def tap(found: torch.Tensor, *values: Any) -> torch.Tensor:
             by_node = dict(zip(nodes, values, strict=True))
             tensors = SiteTensors(site, by_node, {name: by_node[node] for name, node in extra.items()})
             self.see(Observed(site, request, tensors))
+            return tensors.result(rule.function(request)(tensors)) if replaced else found
 
         with site.output.graph.inserting_after(max([site.output, *nodes])):
-            site.output.graph.call_function(tap, tuple(nodes))
+            seen = site.output.graph.call_function(tap, (site.output, *nodes))
+        if replaced:
+            site.output.replace_all_uses_with(seen, lambda user: user is not seen)
 
 
 def _recompile(capture: Capture) -> None:

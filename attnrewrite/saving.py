@@ -21,10 +21,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import attnrewrite
-from attnrewrite.conversion import Conversion, compile_in_place, conversion_of, install, new_parameters, new_state
+from attnrewrite.conversion import (
+    Conversion,
+    compile_in_place,
+    conversion_of,
+    fit_errors,
+    install,
+    new_parameters,
+    new_state,
+    original_parameters,
+)
 from attnrewrite.errors import AttnRewriteWarning
 from attnrewrite.kernels.diagnostics import closest, error
-from attnrewrite.variants import VariantConfig
+from attnrewrite.variants import Swap, VariantConfig
 
 CONFIG = "attnrewrite_config.json"
 WEIGHTS = "attnrewrite_model.safetensors"
@@ -37,18 +46,14 @@ _KEYS = {"schema_version", "attnrewrite_version", "torch_version", "base", "site
 def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Save a converted model to the folder ``path``, whole or not at all.
 
-    A transformers model is saved with its base weights; of any other module only the conversion is saved, to be
-    loaded into the base with ``load_pretrained(model, path)``. Returns the folder.
+    A transformers model is saved with its base weights, without those that the conversion replaced; of any other module
+    only the conversion is saved, to be loaded into the base with ``load_pretrained(model, path)``. Returns the folder.
 
     Raises VariantError AR310 where the model is not converted, SaveError AR601 where ``path`` exists.
     """
     conversion = _conversion(model)
     with new_folder(Path(path), overwrite) as folder:
-        save = getattr(model, "save_pretrained", None)
-        if callable(save):
-            added = {name for name, _ in new_state(model)}
-            base = {key: value for key, value in model.state_dict().items() if key not in added}
-            save(folder, state_dict=base)
+        _write_base(model, folder)
         _write(model, conversion, folder)
     return Path(path)
 
@@ -63,12 +68,18 @@ def save_conversion(
 ) -> Path:
     """Save the conversion of ``model`` beside a copy of the base files in the folder (or file) ``source``.
 
-    Raises as ``save_pretrained``.
+    Where the conversion replaced modules, safetensors files are written anew with what is left; a GGUF file is copied
+    whole. Raises as ``save_pretrained``.
     """
     conversion = _conversion(model)
     with new_folder(Path(out), overwrite) as folder:
-        for file in sorted(source.iterdir()) if source.is_dir() else [source]:
-            if file.is_file() and file.name not in (CONFIG, WEIGHTS, REPORT):
+        files = sorted(source.iterdir()) if source.is_dir() else [source]
+        left_out = {CONFIG, WEIGHTS, REPORT}
+        if conversion.details and (weights := [f.name for f in files if ".safetensors" in f.suffixes]):
+            left_out |= set(weights)
+            _write_base(model, folder)
+        for file in files:
+            if file.is_file() and file.name not in left_out:
                 shutil.copy2(file, folder / file.name)
         _write(model, conversion, folder, report)
     return Path(out)
@@ -102,13 +113,25 @@ def load_pretrained(model: torch.nn.Module | str | Path, path: str | Path | None
             "AR603",
             f"{folder} was made from another {data['base'].get('class', 'model')}: names or shapes differ",
         )
-    holders = [_holder(model, entry, weights) for entry in data["sites"]]
+    saved = [_saved(model, entry, weights) for entry in data["sites"]]
     if weights:
         raise error("AR603", f"{folder / WEIGHTS} holds weights of no site: {', '.join(sorted(weights)[:3])}")
-    for layer, config, holder in holders:
-        install(model, layer, config, holder)
+    for layer, config, holder, swap in saved:
+        install(model, layer, config, holder, swap)
     compile_in_place(model)
     return model
+
+
+def replaced_modules(folder: Path) -> tuple[str, ...]:
+    """Return the paths of the base's modules that a saved conversion replaces: the base files may lack their weights.
+
+    Raises SaveError AR602, AR604.
+    """
+    try:
+        swaps = [entry.get("swap", {}) for entry in _read_config(folder)["sites"]]
+        return tuple(str(path) for swap in swaps for path in swap.get("modules", []))
+    except (AttributeError, TypeError) as failure:
+        raise error("AR604", f"a site of the saved conversion in {folder} is incomplete: {failure!r}") from None
 
 
 def is_conversion(path: str | Path) -> bool:
@@ -118,8 +141,7 @@ def is_conversion(path: str | Path) -> bool:
 
 def fingerprint(model: torch.nn.Module) -> str:
     """Return a hash of the base's parameter names and shapes."""
-    added = {name for name, _ in new_parameters(model)}
-    rows = sorted(f"{name} {list(p.shape)}" for name, p in model.named_parameters() if name not in added)
+    rows = sorted(f"{name} {list(p.shape)}" for name, p in original_parameters(model))
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
@@ -174,6 +196,14 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         raise
 
 
+def _write_base(model: torch.nn.Module, folder: Path) -> None:
+    """Save a transformers model's own weights, as far as it still has them."""
+    save = getattr(model, "save_pretrained", None)
+    if callable(save):
+        added = {name for name, _ in new_state(model)}
+        save(folder, state_dict={key: value for key, value in model.state_dict().items() if key not in added})
+
+
 def _write(
     model: torch.nn.Module, conversion: Conversion, folder: Path, report: Mapping[str, Any] | None = None
 ) -> None:
@@ -182,7 +212,10 @@ def _write(
     for layer, config in conversion.sites.items():
         prefix = ".".join(filter(None, (layer, config.variant))) + "."
         shapes = {k.removeprefix(prefix): list(v.shape) for k, v in state.items() if k.startswith(prefix)}
-        sites.append({"layer": layer, "config": config.to_dict(), "parameters": shapes})
+        entry = {"layer": layer, "config": config.to_dict(), "parameters": shapes}
+        if layer in conversion.details:
+            entry["swap"] = conversion.details[layer]
+        sites.append(entry)
     data = {
         "schema_version": SCHEMA_VERSION,
         "attnrewrite_version": attnrewrite.__version__,
@@ -191,7 +224,8 @@ def _write(
         "sites": sites,
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
-    (folder / REPORT).write_text(json.dumps(report or {"sites": [s["layer"] for s in sites]}, indent=2) + "\n")
+    summary = {"sites": [s["layer"] for s in sites], "fit_errors": fit_errors(model)}
+    (folder / REPORT).write_text(json.dumps(report or summary, indent=2) + "\n")
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
     if not (folder / CARD).exists():
         (folder / CARD).write_text(_card(model, conversion))
@@ -203,10 +237,12 @@ def _card(model: torch.nn.Module, conversion: Conversion) -> str:
         counts[config.variant] = counts.get(config.variant, 0) + 1
     what = ", ".join(f"{name} in {n} layers" for name, n in counts.items())
     added = sum(p.numel() for _, p in new_parameters(model))
+    removed = added + sum(p.numel() for _, p in original_parameters(model)) - sum(p.numel() for p in model.parameters())
+    changed = f"{added:,} parameters were added" + (f", {removed:,} removed" if removed else "")
     return (
         "---\nlibrary_name: attnrewrite\n---\n"
         f"# {type(model).__name__} with {what}\n\n"
-        f"Converted by attnrewrite {attnrewrite.__version__}; {added:,} parameters were added. Load it with\n\n"
+        f"Converted by attnrewrite {attnrewrite.__version__}; {changed}. Load it with\n\n"
         '```python\nimport attnrewrite\nmodel = attnrewrite.load_pretrained("this folder")\n```\n'
     )
 
@@ -242,34 +278,63 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
         raise error("AR602", f"{file} is no whole safetensors file: {failure}") from None
 
 
-def _holder(
+def _saved(
     model: torch.nn.Module, entry: Mapping[str, Any], weights: dict[str, torch.Tensor]
-) -> tuple[str, VariantConfig, torch.nn.Module | None]:
-    """Build the parameters of one site from the file's entry; take its weights out of ``weights``."""
+) -> tuple[str, VariantConfig, torch.nn.Module | None, Swap | None]:
+    """Build the modules of one site from the file's entry; take their weights out of ``weights``."""
     try:
         layer, shapes = str(entry["layer"]), {k: tuple(v) for k, v in entry["parameters"].items()}
-        config = VariantConfig.from_dict(entry["config"])
-    except (KeyError, TypeError, AttributeError) as failure:
+        config, details = VariantConfig.from_dict(entry["config"]), dict(entry.get("swap", {}))
+    except (KeyError, TypeError, AttributeError, ValueError) as failure:
         raise error("AR604", f"a site of the saved conversion is incomplete: {failure!r}") from None
     modules = dict(model.named_modules())
     if layer not in modules:
         raise error("AR603", f"{type(model).__name__} has no layer {layer!r}; {_near(layer, modules)}")
     if hasattr(modules[layer], config.variant):
         raise error("AR311", f"the layer has an attribute {config.variant!r}", layer=layer)
-    if not shapes:
-        return layer, config, None
+    if config.swaps_modules:
+        swapped = config.swapped_modules(model, details)
+        for path, module in swapped.items():
+            _assign(module, path, modules[path], weights)
+        return layer, config, None, Swap(swapped, details)
+    return layer, config, _holder(layer, config, modules[layer], shapes, weights) if shapes else None, None
+
+
+def _holder(
+    layer: str,
+    config: VariantConfig,
+    owner: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: dict[str, torch.Tensor],
+) -> torch.nn.Module:
     holder = config.empty_module(shapes)
     for name, kept in holder.state_dict(keep_vars=True).items():
-        key = ".".join(filter(None, (layer, config.variant, name)))
-        value = weights.pop(key, None)
-        if value is None:
-            raise error("AR603", f"{WEIGHTS} lacks {key}")
-        if value.shape != kept.shape:
-            raise error("AR603", f"{key} is {list(value.shape)} in {WEIGHTS} and {list(kept.shape)} in {CONFIG}")
+        value = _taken(weights, ".".join(filter(None, (layer, config.variant, name))), kept)
         with torch.no_grad():
             kept.copy_(value)
-    device = next((p.device for p in modules[layer].parameters()), torch.device("cpu"))
-    return layer, config, holder.to(device)
+    return holder.to(_device(owner))
+
+
+def _assign(module: torch.nn.Module, path: str, old: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Give ``module``, which has no values yet, those of the file, on the device and in the dtype of ``old``."""
+    device = _device(old)
+    device = torch.device("cpu") if device.type == "meta" else device
+    state = {name: (_taken(weights, f"{path}.{name}", kept), kept) for name, kept in module.state_dict().items()}
+    module.load_state_dict({name: value.to(device, kept.dtype) for name, (value, kept) in state.items()}, assign=True)
+    module.train(old.training)
+
+
+def _device(module: torch.nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
+def _taken(weights: dict[str, torch.Tensor], key: str, kept: torch.Tensor) -> torch.Tensor:
+    value = weights.pop(key, None)
+    if value is None:
+        raise error("AR603", f"{WEIGHTS} lacks {key}")
+    if value.shape != kept.shape:
+        raise error("AR603", f"{key} is {list(value.shape)} in {WEIGHTS} and {list(kept.shape)} in {CONFIG}")
+    return value
 
 
 def _near(layer: str, modules: Mapping[str, object]) -> str:

@@ -50,7 +50,12 @@ def compare(
     same_function: bool,
 ) -> None:
     """Run the converted model; where it promises the same function, compare. Raises VariantError AR313."""
-    found = outputs(model, args, kwargs)
+    try:
+        found = outputs(model, args, kwargs)
+    except AttnRewriteError as failure:
+        if failure.code == "AR315":  # compiled, but there is nothing to run before calibration
+            return
+        raise
     if not same_function:
         return
     for number, (now, then) in enumerate(zip(found, expected, strict=True)):

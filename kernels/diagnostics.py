@@ -307,6 +307,49 @@ _ALL = [
         "A variant needs a name of its own, a config class that carries that name, and a rewrite rule.",
         "see docs/adding_a_variant.md",
     ),
+    Diagnostic(
+        "AR315",
+        "converted layer is not calibrated",
+        "The variant's state is made from what the layer sees, and nothing was shown to it. Running on would compute "
+        "something arbitrary.",
+        "call attnrewrite.calibrate(model, batches), or train: the first batch in train mode sets the state",
+    ),
+    Diagnostic(
+        "AR316",
+        "nothing to calibrate",
+        "Calibration runs a converted model on batches of real inputs. No layer of this model learns from them, or "
+        "the batches did not reach a layer that does.",
+        "convert the model to a variant that is calibrated, and pass batches that run its converted layers",
+    ),
+    Diagnostic(
+        "AR320",
+        "equal queries and keys lose direction",
+        "With form='symmetric' the score of a pair of tokens is the same both ways, and a token scores highest with "
+        "itself among those of its length. The paper tested it in encoders only; in causal layers and with rotary "
+        "embedding it takes away what they tell apart.",
+        "use form='pairwise', or measure what is lost",
+    ),
+    Diagnostic(
+        "AR321",
+        "no shared projection is close enough",
+        "Queries and keys of these layers are too different for one projection: the best one has a larger relative "
+        "error of the scores than max_error. They stay as they are; where all layers do, nothing is converted.",
+        "take fit='data', which has smaller errors on what the layers see, or raise max_error (1 converts every layer) "
+        "and train afterwards",
+    ),
+    Diagnostic(
+        "AR322",
+        "original weights are not at hand",
+        "The conversion removed projections, and the model was loaded from files that hold only what is left.",
+        "load the original model instead",
+    ),
+    Diagnostic(
+        "AR323",
+        "cache does not hold what the variant needs",
+        "A converted layer may need more of earlier tokens than their keys and values, such as the votes they have "
+        "received. This cache has not kept it, or cannot.",
+        "start from an empty DynamicCache or StaticCache, such as generate makes by itself, or pass use_cache=False",
+    ),
     # AR4xx: lowering
     Diagnostic(
         "AR401",

@@ -101,7 +101,7 @@ def strip(query: Tensor, key: Tensor, attn_mask: Tensor | None, how: Options, ro
     bias = additive(mask)
     logits = scores if bias is None else scores + bias.to(scores.dtype)
     if how.mask_self:
-        itself = lag(rows, cols, how, scores.device) == 0
+        itself = lag(rows, cols, how.offset, scores.device) == 0
         logits = logits.masked_fill(itself, -5e4)
         slope = (torch.ones_like(scores) if slope is None else slope).masked_fill(itself, 0.0)
     return Strip(rows, cols, logits, seen(rows, cols, attn_mask, how, scores.device), slope)
@@ -205,15 +205,15 @@ def seen(rows: slice, cols: slice, attn_mask: Tensor | None, how: Options, devic
     allowed = visible(rows.stop - rows.start, cols.stop - cols.start, attn_mask=mask, device=device)
     if not how.is_causal:
         return allowed
-    behind = lag(rows, cols, how, device)
+    behind = lag(rows, cols, how.offset, device)
     near = behind >= 0 if how.window is None else (behind >= 0) & (behind < how.window)
     return near if allowed is None else near & allowed
 
 
-def lag(rows: slice, cols: slice, how: Options, device: torch.device) -> Tensor:
-    """Return how far key j lies behind query i, ``[rows, cols]``."""
+def lag(rows: slice, cols: slice, offset: int | Tensor, device: torch.device) -> Tensor:
+    """Return how far key j lies behind query i, which stands at position i + offset, ``[rows, cols]``."""
     i, j = (torch.arange(x.start, x.stop, device=device) for x in (rows, cols))
-    return i.unsqueeze(-1) + how.offset - j
+    return i.unsqueeze(-1) + offset - j
 
 
 def one_head(attn_mask: Tensor, head: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
 from pathlib import Path
@@ -62,7 +63,7 @@ def command(
 
     OUT holds the files of MODEL untouched, plus the conversion: its config, the new weights, a report.
     """
-    from attnrewrite.conversion import conversion_of, convert, new_parameters
+    from attnrewrite.conversion import conversion_of, convert, fit_errors, new_parameters
     from attnrewrite.loading import LoadOptions, load_model
 
     output.untouched = f"{out} was not written"
@@ -71,6 +72,7 @@ def command(
     plan = _plan(variant, config, settings)
     with output.step(f"loading {model}"):
         loaded = load_model(model, LoadOptions(seq_len=seq_len))
+    before = sum(parameter.numel() for parameter in loaded.model.parameters())
     with output.step(f"converting {loaded.name}"):
         convert(
             loaded.model,
@@ -83,11 +85,14 @@ def command(
         )
     conversion = conversion_of(loaded.model)
     sites = conversion.sites if conversion is not None else {}
+    added = sum(parameter.numel() for _, parameter in new_parameters(loaded.model))
     data = {
         "model": loaded.name,
         "out": str(out),
         "sites": {layer: site.to_dict() for layer, site in sites.items()},
-        "new_parameters": sum(parameter.numel() for _, parameter in new_parameters(loaded.model)),
+        "new_parameters": added,
+        "removed_parameters": before + added - sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "fit_errors": fit_errors(loaded.model),
         "verified": verify,
         "dry_run": dry_run,
     }
@@ -159,6 +164,16 @@ def _view(data: dict[str, Any]) -> RenderableType:
     lines = [Text(f"{data['model']} · {total} site{'' if total == 1 else 's'} {verb}{verified}", style="bold")]
     for config, layers in by_config.items():
         lines += [Text(f"  {path} → {config}") for path, _ in fold_paths(layers)]
-    lines.append(Text(f"  {data['new_parameters']:,} new parameters"))
+    removed = f", {data['removed_parameters']:,} removed" if data["removed_parameters"] else ""
+    lines.append(Text(f"  {data['new_parameters']:,} new parameters{removed}"))
+    lines += [Text(f"  {_fit(data['fit_errors'])}")] if data["fit_errors"] else []
     lines.append(Text("nothing was written" if data["dry_run"] else f"wrote {data['out']}", style="dim"))
     return Group(*lines)
+
+
+def _fit(errors: dict[str, dict[str, list[float] | None]]) -> str:
+    """Say between which bounds the layers' errors lie: root mean square over heads."""
+    heads = {layer: found["weighted"] or found["frobenius"] or [0.0] for layer, found in errors.items()}
+    mean = {layer: math.sqrt(sum(x * x for x in found) / len(found)) for layer, found in heads.items()}
+    best, worst = min(mean, key=mean.__getitem__), max(mean, key=mean.__getitem__)
+    return f"relative error of the scores: {mean[best]:.2f} ({best}) to {mean[worst]:.2f} ({worst})"

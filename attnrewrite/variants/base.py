@@ -5,24 +5,66 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from attnrewrite.kernels.diagnostics import closest, error
 
 if TYPE_CHECKING:
     import torch
 
+    from attnrewrite.observation import Observed
     from attnrewrite.passes.attention.form import Attention
+    from attnrewrite.passes.graph.capture import Capture
+    from attnrewrite.passes.report import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Swap:
+    """What a conversion puts in the place of a layer's own modules.
+
+    ``modules`` by path, as in the model; ``details`` is JSON from which the config makes them again.
+    """
+
+    modules: Mapping[str, torch.nn.Module]
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Calibrator(Protocol):
+    """Sets the state of one converted layer from what it sees, in two passes over the same batches.
+
+    Nothing of the layer changes before ``apply``.
+    """
+
+    @property
+    def seen(self) -> bool:
+        """Whether the first pass called ``collect``."""
+        ...
+
+    def collect(self, at: Observed, share: float, generator: torch.Generator) -> None:
+        """Take samples from one call of the layer, in the first pass; ``share`` is 1 over the number of batches."""
+
+    def fit(self, generator: torch.Generator) -> None:
+        """Compute the state from the samples."""
+
+    def measure(self, at: Observed) -> None:
+        """Compare what the layer would give with what it gives, in the second pass."""
+
+    def apply(self) -> None:
+        """Write the state into the layer."""
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return what was measured, as rows of a table with plain data."""
+        ...
 
 
 @dataclass(frozen=True)
 class VariantConfig:
     """Base of every variant's config.
 
-    Subclasses set ``variant`` and, where they add parameters, override ``parameters``. Fields are numbers, strings and
-    booleans; a string field that takes one of few values declares it with ``Literal``.
+    Subclasses set ``variant`` and, where they add parameters, override ``module``. Fields are numbers, strings,
+    booleans, tuples of integers, or None; a string field that takes one of few values declares it with ``Literal``.
     """
 
     variant: ClassVar[str] = ""
@@ -37,8 +79,13 @@ class VariantConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        kinds = _types(type(self))
         for field in dataclasses.fields(self):
-            _check(self.variant, field.name, getattr(self, field.name), _types(type(self))[field.name])
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # JSON has no tuples
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            _check(self.variant, field.name, value, kinds[field.name])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, with the variant's name under ``variant``."""
@@ -59,6 +106,44 @@ class VariantConfig:
         """Whether a layer in training updates buffers from what it sees, apart from gradients."""
         return False
 
+    @property
+    def swaps_modules(self) -> bool:
+        """Whether ``convert`` replaces modules of the model, by ``swaps``, and adds none with ``module``."""
+        return False
+
+    def swaps(
+        self,
+        model: torch.nn.Module,
+        capture: Capture,
+        sites: Mapping[str, tuple[Attention, Site]],
+        run: Callable[[], object],
+    ) -> dict[str, Swap]:
+        """Return what to replace in each layer of ``sites``; a layer that is missing stays as it is.
+
+        ``capture`` is the graph that the sites and their rows of the report come from; ``run`` runs the model, as it
+        is, on the example inputs. The model is not changed. Raises VariantError where that is not possible.
+        """
+        raise NotImplementedError
+
+    def swapped_modules(self, model: torch.nn.Module, details: Mapping[str, Any]) -> dict[str, torch.nn.Module]:
+        """Return the modules of a Swap with these ``details``, to load values into.
+
+        Raises SaveError AR603 where ``model`` has no such modules, AR604 where the details are incomplete.
+        """
+        raise NotImplementedError
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What a key-value cache holds beside keys and values: the names of ``new_state``."""
+        return ()
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the cache holds for new tokens, ``[B, L, ...]`` by name; the rewrite writes into it.
+
+        ``x`` ``[B, L, d]`` is the layer's input, ``holder`` the layer's new parameters.
+        """
+        return {}
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the module that holds the parameters and buffers of one layer, at their initial values."""
         raise NotImplementedError
@@ -66,6 +151,13 @@ class VariantConfig:
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the same module for state of known shapes, with names as in ``state_dict``, to load values into."""
         raise NotImplementedError
+
+    def calibrator(self, layer: str, holder: torch.nn.Module) -> Calibrator | None:
+        """Return what sets the state of one converted layer from activations; None where nothing is to be set."""
+        return None
+
+    def update(self, layer: str, holder: torch.nn.Module) -> None:
+        """Advance what a converted layer learned apart from gradients, after an optimizer step."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> VariantConfig:
@@ -147,13 +239,26 @@ def _check(variant: str, name: str, value: Any, kind: Any) -> None:
         if value not in typing.get_args(kind):
             raise error("AR303", f"{variant}.{name} is {value!r}; {closest(str(value), typing.get_args(kind))}")
         return
-    wanted = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    accepted = tuple(int if t is float else t for t in wanted) + wanted
-    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in wanted):
+    accepted = [typing.get_origin(t) or t for t in _alternatives(kind)]
+    if float in accepted:
+        accepted.append(int)
+    integers = isinstance(value, tuple) and all(type(n) is int for n in value)
+    wrong = not integers if isinstance(value, tuple) else isinstance(value, bool) and bool not in accepted
+    if wrong or not isinstance(value, tuple(accepted)):
         raise error("AR303", f"{variant}.{name} is {value!r}, a {type(value).__name__}; it takes {_type_name(kind)}")
 
 
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def _parse(variant: str, name: str, text: str, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        if text.lower() == "none" and types.NoneType in typing.get_args(kind):
+            return None
+        kind = next(t for t in typing.get_args(kind) if t is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        return tuple(_parse(variant, name, part, int) for part in text.split(",") if part.strip())
     if kind is bool:
         if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
             raise error("AR303", f"{variant}.{name} is {text!r}; it takes true or false")
@@ -169,7 +274,11 @@ def _parse(variant: str, name: str, text: str, kind: Any) -> Any:
 def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return " | ".join(map(str, typing.get_args(kind)))
-    return getattr(kind, "__name__", str(kind))
+    if isinstance(kind, types.UnionType):
+        return " | ".join(map(_type_name, typing.get_args(kind)))
+    if kind is types.NoneType:
+        return "None"
+    return str(kind) if typing.get_origin(kind) else getattr(kind, "__name__", str(kind))
 
 
 def _field_docs(config: type[VariantConfig]) -> dict[str, str]:

@@ -40,6 +40,21 @@ class SelectiveConfig(VariantConfig):
         """Mode ``gate`` starts at gamma = 0."""
         return self.mode == "gate"
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The votes that each key has received, and whether votes on it count."""
+        return ("votes", "protected")
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Nobody has voted on new tokens."""
+        import torch
+
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return {
+            "votes": x.new_zeros(x.shape[:2], dtype=kind),
+            "protected": x.new_zeros(x.shape[:2], dtype=torch.bool),
+        }
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the module that holds ``gamma``."""
         return self.empty_module({"gamma": ()}).to(device)

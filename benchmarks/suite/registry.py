@@ -104,6 +104,15 @@ ENTRIES = {
             },
         ),
         Entry(
+            "variants",
+            "How long do the attentions take beside their dense forms and torch's fused attention?",
+            "variants",
+            {
+                "cpu": {"heads": 8, "width": 64, "lengths": [512, 2048, 8192], "rounds": 5, "training_rounds": 3},
+                "smoke": {"heads": 2, "width": 8, "lengths": [64], "rounds": 2, "training_rounds": 1},
+            },
+        ),
+        Entry(
             "matchers",
             "How much attention do this recogniser and inductor's patterns find, and how fast?",
             "matchers",
@@ -114,7 +123,7 @@ ENTRIES = {
                     "spread": 20,
                     "cells": None,
                     "families": None,
-                    "fresh": 3,
+                    "fresh": 9,
                     "depths": [8, 16, 32, 64, 128],
                     "rounds": 7,
                 },

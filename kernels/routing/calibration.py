@@ -41,8 +41,22 @@ def calibrate(
     Raises:
         LoweringError: AR402, sizes that do not fit, no token but padding, or features that are not finite.
     """
-    _check(features, Hc, C, valid)
-    tokens, counted = by_head(features.detach(), Hc, valid)
+    if Hc < 1 or C < 1:
+        raise error("AR402", f"Hc is {Hc} and C is {C}; needed is one of each at least", hint="")
+    check_features(features, features.new_empty(Hc, C, features.shape[-1]), valid)
+    return k_means(*by_head(features.detach(), Hc, valid), C, steps=steps, seed=seed)
+
+
+def k_means(tokens: Tensor, counted: Tensor, C: int, *, steps: int = STEPS, seed: int = 0) -> CentroidState:
+    """Do what ``calibrate`` does on tokens ``[Hc, M, D]``, of which those ``counted`` ``[Hc, M]`` count.
+
+    Raises:
+        LoweringError: AR402, a head without tokens, or tokens that are not finite.
+    """
+    if not counted.any(dim=-1).all():
+        raise error("AR402", "there is no token to cluster: all are padded", hint="pass real tokens")
+    if not tokens[counted].isfinite().all():
+        raise error("AR402", "features hold NaN or infinity, which are near no centroid", hint="")
     centroids = seeds(tokens, counted, C, seed)
     for _ in range(steps):
         _, sums = segment_sums(tokens, counted, centroids)
@@ -89,14 +103,3 @@ def one_sided(query_counts: Tensor, key_counts: Tensor, ratio: float = ONE_SIDED
     """
     more, fewer = torch.maximum(query_counts, key_counts), torch.minimum(query_counts, key_counts)
     return more > ratio * fewer
-
-
-def _check(features: Tensor, Hc: int, C: int, valid: Tensor | None) -> None:
-    if Hc < 1 or C < 1:
-        raise error("AR402", f"Hc is {Hc} and C is {C}; needed is one of each at least", hint="")
-    check_features(features, features.new_empty(Hc, C, features.shape[-1]), valid)
-    real = features if valid is None else features[valid.unsqueeze(1).expand(features.shape[:3])]
-    if real.numel() == 0:
-        raise error("AR402", "there is no token to cluster: all are padded", hint="pass real tokens")
-    if not real.isfinite().all():
-        raise error("AR402", "features hold NaN or infinity, which are near no centroid", hint="")

@@ -12,7 +12,7 @@ from torch import Tensor
 from attnrewrite.kernels.largest import among_largest
 from attnrewrite.kernels.routing.attend import Scored, pair_weights, unseen_as_zero
 from attnrewrite.kernels.routing.clusters import nearest
-from attnrewrite.kernels.routing.prepare import Options, Routed, Vectors, score_vectors, scored_from, valid_tokens
+from attnrewrite.kernels.routing.prepare import Options, Routed, Vectors, both, score_vectors, scored_from, valid_tokens
 from attnrewrite.kernels.routing.selection import wanted_width
 from attnrewrite.kernels.visibility import full_precision, repeat_kv, visible
 
@@ -27,6 +27,7 @@ def routing_attention(
     center_key: Tensor | None = None,
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
+    valid: Tensor | None = None,
     rule: str = "argmax_window",
     window_size: int | None = None,
     shared_qk: bool = False,
@@ -37,11 +38,13 @@ def routing_attention(
     paper_causal: bool = False,
 ) -> Tensor:
     """Compute what the operator computes, with all pairs scored; a NaN reaches all queries that see its token."""
-    routed = Routed(query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key)
+    routed = Routed(
+        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+    )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     with full_precision(query.device):
         vectors = score_vectors(routed, options)
-        valid = valid_tokens(attn_mask, *key.shape[::2])
+        valid = both(valid, valid_tokens(attn_mask, *key.shape[::2]))
         meets = _windows if rule == "argmax_window" else _clusters
         return _attend(scored_from(routed, options, vectors), meets(vectors, options, valid)).to(query.dtype)
 

@@ -40,6 +40,7 @@ def routing_attention(
     center_key: Tensor | None = None,
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
+    valid: Tensor | None = None,
     paper_causal: bool = False,
 ) -> Tensor:
     """Compute ``reference.routing_attention``: by the operator where it has the options, else by the reference."""
@@ -53,6 +54,7 @@ def routing_attention(
         "center_key": center_key,
         "routing_query": routing_query,
         "routing_key": routing_key,
+        "valid": valid,
         "paper_causal": paper_causal,
         "is_causal": is_causal,
         "scale": scale,
@@ -83,6 +85,7 @@ def routing_attention_op(
     center_key: Tensor | None = None,
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
+    valid: Tensor | None = None,
     rule: str = "argmax_window",
     window_size: int | None = None,
     shared_qk: bool = False,
@@ -100,7 +103,9 @@ def routing_attention_op(
     Raises:
         LoweringError: AR402, arguments that do not fit together, or an ``attn_mask`` that requires a gradient.
     """
-    routed = Routed(query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key)
+    routed = Routed(
+        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+    )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     check_attention(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=True, window=window)
     check_routing(routed, options)
@@ -121,6 +126,7 @@ def routing_attention_backward_op(
     center_key: Tensor | None = None,
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
+    valid: Tensor | None = None,
     rule: str = "argmax_window",
     window_size: int | None = None,
     shared_qk: bool = False,
@@ -131,7 +137,9 @@ def routing_attention_backward_op(
     paper_causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, given that of the output."""
-    routed = Routed(query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key)
+    routed = Routed(
+        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+    )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     return routing_attention_backward(grad, routed, options)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.routing.attend import Scored
-from attnrewrite.kernels.routing.clusters import affinity, routing_features
+from attnrewrite.kernels.routing.clusters import affinity, check_valid, routing_features
 from attnrewrite.kernels.routing.selection import Selection, select_clusters, select_windows
 from attnrewrite.kernels.visibility import accumulation_dtype, additive, check_shape, four_dimensional
 
@@ -42,6 +42,7 @@ class Routed(NamedTuple):
     center_key: Tensor | None = None  # [Hkv, D]
     routing_query: Tensor | None = None  # [B, H, L, D]
     routing_key: Tensor | None = None  # [B, Hkv, S, D]
+    valid: Tensor | None = None  # [B, S]
 
 
 class Vectors(NamedTuple):
@@ -56,7 +57,7 @@ class Vectors(NamedTuple):
 def prepare(routed: Routed, options: Options) -> tuple[Scored, Selection]:
     """Return what is scored and the selection. The arguments have been checked."""
     vectors = score_vectors(routed, options)
-    valid = valid_tokens(routed.attn_mask, *routed.key.shape[::2])
+    valid = both(routed.valid, valid_tokens(routed.attn_mask, *routed.key.shape[::2]))
     return scored_from(routed, options, vectors), _select(vectors, options, valid)
 
 
@@ -97,6 +98,13 @@ def _one_side(
     return torch.where(broken, float("nan"), features if normed else states.to(dtype)), affinities
 
 
+def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return where both hold; None holds everywhere."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
 def _select(vectors: Vectors, options: Options, valid: Tensor | None) -> Selection:
     queries, keys = vectors.query_affinity, vectors.key_affinity
     if options.rule == "argmax_window":
@@ -125,6 +133,7 @@ def check_routing(routed: Routed, options: Options) -> None:
         raise error("AR402", f"window_size is {options.window_size}; a cluster takes one token at least", hint="")
     _check_tensors(routed)
     _check_mask(routed.attn_mask)
+    check_valid(routed.valid, *routed.key.shape[::2])
     _check_lengths(routed, options)
     _check_sharing(routed, options)
     if options.logits == "normed" and (routed.routing_query is not None or routed.routing_key is not None):

@@ -29,6 +29,7 @@ def routing_attention(
     center_key: Tensor | None = None,
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
+    valid: Tensor | None = None,
     paper_causal: bool = False,
 ) -> Tensor:
     """Attention among tokens that lie near the same centroid (Routing Transformer, arXiv 2003.05997).
@@ -69,6 +70,7 @@ def routing_attention(
         center_key: ``[Hkv, D]``, subtracted from keys before routing.
         routing_query: ``[B, H, L, D]``, what is routed in place of the query, e.g. before rotary embedding.
         routing_key: ``[B, Hkv, S, D]``, what is routed in place of the key.
+        valid: boolean ``[B, S]``, False = padded, as by a mask ``[B, 1, 1, S]``; for use beside a bias.
         paper_causal: allow ``topw`` with ``is_causal``.
 
     Returns:
@@ -89,7 +91,9 @@ def routing_attention(
         window=window,
     )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
-    routed = Routed(query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key)
+    routed = Routed(
+        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+    )
     check_routing(routed, options)
     with full_precision(query.device):
         scored, selection = prepare(routed, options)

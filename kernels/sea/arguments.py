@@ -9,20 +9,31 @@ from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sea.slices import Rule
 from attnrewrite.kernels.visibility import check_attention, check_broadcast, check_shape, four_dimensional
 
-_CHOICES = {"budget_rule": ("exact", "paper"), "grouping": ("causal_per_batch", "per_query")}
+_CHOICES = {
+    "budget_rule": ("exact", "paper"),
+    "grouping": ("causal_per_batch", "per_query"),
+    "pooling": ("width", "paper"),
+}
 
 
-def key_padding(attn_mask: Tensor | None, S: int) -> tuple[Tensor | None, Tensor | None]:
-    """Split a mask into padding, boolean ``[B or 1, S]``, and a bias of four dimensions; either may be None."""
+def key_padding(attn_mask: Tensor | None, S: int, padding: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """Split a mask into padding, boolean ``[B or 1, S]``, and a bias of four dimensions; either may be None.
+
+    ``padding`` is what is known beside the mask, of the same kind.
+    """
     if attn_mask is None:
-        return None, None
+        return padding, None
     mask = four_dimensional(attn_mask)
     if mask.dtype == torch.bool:
-        return mask[:, 0, 0].expand(-1, S), None
+        return _both(mask[:, 0, 0].expand(-1, S), padding), None
     if mask.shape[1] != 1 or mask.shape[2] != 1:
-        return None, mask
+        return padding, mask
     real = mask != float("-inf")
-    return real[:, 0, 0].expand(-1, S), mask.masked_fill(~real, 0.0)
+    return _both(real[:, 0, 0].expand(-1, S), padding), mask.masked_fill(~real, 0.0)
+
+
+def _both(real: Tensor, padding: Tensor | None) -> Tensor:
+    return real if padding is None else real & padding
 
 
 def check_arguments(
@@ -40,6 +51,8 @@ def check_arguments(
     scale_prob: Tensor | None,
     mix: Tensor | None,
     strict_window: bool,
+    padding: Tensor | None,
+    pooling: str,
 ) -> None:
     """Raise AR402 unless the arguments of ``sea_attention`` fit together."""
     check_attention(
@@ -61,7 +74,10 @@ def check_arguments(
         )
     check_estimated(query, estimated)
     check_rule(rule, window, strict_window)
-    check_padding(attn_mask)
+    check_padding(attn_mask, padding)
+    if padding is not None:
+        check_broadcast("padding", padding, (query.shape[0], L))
+    _check_choice("pooling", pooling)
     for name, tensor in (("scale_prob", scale_prob), ("mix", mix)):
         if tensor is not None:
             _check_factor(query, name, tensor)
@@ -81,10 +97,8 @@ def check_rule(rule: Rule, window: int | None, strict_window: bool) -> None:
     """Raise AR402 unless budget, rule, grouping and window are possible."""
     if isinstance(rule.budget, bool) or not isinstance(rule.budget, int) or rule.budget < 1:
         raise error("AR402", f"budget is {rule.budget!r}; it is a number of keys, 1 at least", hint="")
-    for name, given in (("budget_rule", rule.counting), ("grouping", rule.grouping)):
-        if given not in _CHOICES[name]:
-            known = " or ".join(repr(choice) for choice in _CHOICES[name])
-            raise error("AR402", f"{name} is {given!r}; it must be {known}", hint="")
+    _check_choice("budget_rule", rule.counting)
+    _check_choice("grouping", rule.grouping)
     if window is not None and strict_window:
         raise error(
             "AR402",
@@ -94,8 +108,17 @@ def check_rule(rule: Rule, window: int | None, strict_window: bool) -> None:
         )
 
 
-def check_padding(attn_mask: Tensor | None) -> None:
-    """Raise AR402 if a boolean mask tells more than which tokens are padding."""
+def _check_choice(name: str, given: str) -> None:
+    if given not in _CHOICES[name]:
+        known = " or ".join(repr(choice) for choice in _CHOICES[name])
+        raise error("AR402", f"{name} is {given!r}; it must be {known}", hint="")
+
+
+def check_padding(attn_mask: Tensor | None, padding: Tensor | None = None) -> None:
+    """Raise AR402 if a boolean mask tells more than which tokens are padding, or ``padding`` is none."""
+    if padding is not None and (padding.dtype != torch.bool or padding.dim() != 2):
+        size = " x ".join(str(n) for n in padding.shape)
+        raise error("AR402", f"padding is {size} of {padding.dtype}; needed is B x L of torch.bool", hint="")
     if attn_mask is None or attn_mask.dtype != torch.bool:
         return
     _, heads, queries, _ = four_dimensional(attn_mask).shape

@@ -47,6 +47,8 @@ def sea_gradients(
     rule: Rule,
     scale_prob: Tensor | None = None,
     mix: Tensor | None = None,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> Gradients:
     """Return the gradients of ``sea_attention`` without dropout, from that of its output.
 
@@ -68,9 +70,11 @@ def sea_gradients(
         rule: budget, counting and grouping.
         scale_prob: as in the forward pass.
         mix: as in the forward pass.
+        padding: as in the forward pass.
+        pooling: as in the forward pass.
     """
     dtype = accumulation_dtype(query.dtype)
-    padding, bias = key_padding(attn_mask, key.shape[2])
+    padding, bias = key_padding(attn_mask, key.shape[2], padding)
     rows = visible_rows(
         query.shape[2], key.shape[2], is_causal=is_causal, window=window, padding=padding, device=query.device
     )
@@ -84,7 +88,7 @@ def sea_gradients(
         )
         d_estimated, d_mix = None, None
         if mix is not None:
-            pooled, d_pooled, d_estimated = _pooled_gradients(grad, inputs[2], estimated, rows, x)
+            pooled, d_pooled, d_estimated = _pooled_gradients(grad, inputs[2], estimated, rows, x, pooling)
             d_value = d_value + d_pooled
             d_mix = s * E - (grad * pooled).sum(-1)
     if d_bias is not None and attn_mask is not None:
@@ -113,7 +117,7 @@ def _sparse_gradients(
     share: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     H = query.shape[1]
-    d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    d_query, d_key, d_value = torch.empty_like(query), query.new_zeros(key.shape), query.new_zeros(value.shape)
     d_bias = None if bias is None else torch.zeros_like(bias, dtype=query.dtype)
     E = torch.empty_like(grad[..., 0])  # [B, H, L]
     for part, pairs in selected_pairs(estimated, rows, rule, max(key.shape[-1], value.shape[-1])):
@@ -138,7 +142,7 @@ def _sparse_gradients(
 
 
 def _pooled_gradients(
-    grad: Tensor, value: Tensor, estimated: Tensor, rows: Rows, x: Tensor
+    grad: Tensor, value: Tensor, estimated: Tensor, rows: Rows, x: Tensor, pooling: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the pooled value, and the gradients of value and estimate through it."""
     B, Hkv, L, Dv = value.shape
@@ -148,7 +152,7 @@ def _pooled_gradients(
         pooled = repeat_kv(visible_mean(value, rows), H)
         return pooled, visible_mean_gradient(d_pooled.reshape(B, Hkv, H // Hkv, L, Dv).sum(2), rows), None
     probabilities = torch.softmax(estimated.to(value.dtype), dim=-1)
-    pool = estimate_pool(probabilities, rows)
+    pool = estimate_pool(probabilities, rows, pooling)
     d_value, d_estimated = estimate_mean_gradient(d_pooled.sum(2, keepdim=True), value, probabilities, pool, rows)
     return estimate_mean(value, pool), d_value, d_estimated
 

@@ -31,10 +31,12 @@ def sea_attention(
     grouping: str,
     scale_prob: Tensor | None,
     mix: Tensor | None,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> Tensor:
     """Compute what the operator computes, with all pairs scored; a NaN among the keys reaches all queries."""
     rule, L = Rule(budget, budget_rule, grouping), query.shape[2]
-    padding, bias = key_padding(attn_mask, L)
+    padding, bias = key_padding(attn_mask, L, padding)
     rows = visible_rows(L, L, is_causal=is_causal, window=window, padding=padding, device=query.device)
     with full_precision(query.device):
         selected = _selected(rows.blank(estimated), rows, rule)
@@ -43,7 +45,7 @@ def sea_attention(
         logits = attention_logits(rows.blank(query), _real(key, rows), bias, scale=scale)
         sparse = weighted_values(masked_softmax(logits, selected), _real(value, rows))
         sparse = sparse + unknown(rows.blank(estimated), rule).to(sparse.dtype)
-        return completed(sparse, value, estimated, rows, scale_prob, mix).to(query.dtype).contiguous()
+        return completed(sparse, value, estimated, rows, scale_prob, mix, pooling).to(query.dtype).contiguous()
 
 
 def _selected(estimated: Tensor, rows: Rows, rule: Rule) -> Tensor:

@@ -6,6 +6,7 @@ row of M / cs numbers and into two factors, and a convolutional network turns th
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,30 @@ class Estimator:
     scales: Affine
     cnn: CausalCnn | Cnn
     M: int
+
+    @classmethod
+    def named(cls, tensors: Mapping[str, Tensor], M: int) -> Estimator:
+        """Collect the parameters by name, such as ``encode.weight`` or ``cnn.first.bias``."""
+
+        def affine(name: str) -> Affine:
+            return Affine(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+        cnn = CausalCnn if is_causal(tensors) else Cnn
+        return cls(
+            features=tensors["features"],
+            positions=tensors.get("positions"),
+            encode=affine("encode"),
+            norm=affine("norm"),
+            rows=affine("rows"),
+            scales=affine("scales"),
+            cnn=cnn(*(affine(f"cnn.{layer}") for layer in cnn._fields)),
+            M=M,
+        )
+
+
+def is_causal(names: Container[str]) -> bool:
+    """Whether parameters of these names make a causal estimate."""
+    return "cnn.norm.weight" in names
 
 
 class Estimate(NamedTuple):

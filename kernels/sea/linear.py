@@ -10,7 +10,7 @@ from torch import Tensor
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.visibility import accumulation_dtype
 
-_CHUNK = 64  # tokens whose pairs are multiplied out between two states of the running sums
+_CHUNK = 64  # tokens whose pairs are multiplied out between two states of the running sums; all chunks at once
 
 
 def feature_count(D: int, divisor: int = 1) -> int:
@@ -91,17 +91,22 @@ def prefix_linear_attention(
         ``[B, H, T, E]``, and the sums that include these tokens.
     """
     B, Hkv, T, F = key.shape
-    value = _with_ones(value)
-    if sums is None:
-        sums = value.new_zeros(B, Hkv, F, value.shape[-1])
-    grouped, parts = _grouped(query, Hkv), []  # [B, Hkv, G, T, F]
-    for start in range(0, T, _CHUNK):
-        part = slice(start, start + _CHUNK)
-        q, k, v = grouped[:, :, :, part], key[:, :, part], value[:, :, part]
-        nearby = (q @ k.mT.unsqueeze(2)).tril() @ v.unsqueeze(2)
-        parts.append(q @ sums.unsqueeze(2) + nearby)
-        sums = sums + k.mT @ v
-    return _divided(torch.cat(parts, dim=3), query), sums
+    size = 1 if T == 1 else _CHUNK
+    q, k, v = (_in_chunks(x, size) for x in (_grouped(query, Hkv), key, _with_ones(value)))
+    own = k.mT @ v  # [B, Hkv, T / size, F, E + 1]
+    first = own.new_zeros(B, Hkv, F, own.shape[-1]) if sums is None else sums
+    before = torch.cat((first.unsqueeze(2), own), dim=2).cumsum(2)
+    nearby = (q @ k.mT.unsqueeze(2)).tril() @ v.unsqueeze(2)
+    total = (q @ before[:, :, :-1].unsqueeze(2) + nearby).flatten(3, 4)[:, :, :, :T]
+    return _divided(total, query), before[:, :, -1]
+
+
+def _in_chunks(states: Tensor, size: int) -> Tensor:
+    """Cut tokens into chunks, the last one filled up with zeros: ``[..., T, E]`` -> ``[..., T / size, size, E]``."""
+    T = states.shape[-2]
+    count = (T + size - 1) // size
+    padded = torch.nn.functional.pad(states, (0, 0, 0, count * size - T))
+    return padded.reshape(*states.shape[:-2], count, size, states.shape[-1])
 
 
 def _projected(states: Tensor, features: Tensor) -> Tensor:

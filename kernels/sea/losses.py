@@ -41,6 +41,7 @@ def teacher_statistics(
     scale: float | None = None,
     enable_gqa: bool = False,
     window: int | None = None,
+    padding: Tensor | None = None,
 ) -> Teacher:
     """Return what the losses need of softmax(scale q k^T + bias), a few queries at a time and without gradient.
 
@@ -53,14 +54,15 @@ def teacher_statistics(
         scale: factor of the logits; ``D ** -0.5`` if None.
         enable_gqa: allow Hkv < H.
         window: with ``is_causal``, query i sees key j iff also i - j < window.
+        padding: boolean ``[B or 1, L]``, beside a bias.
 
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
     check_attention(query, key, key, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, window=window)
-    check_padding(attn_mask)
+    check_padding(attn_mask, padding)
     B, H, L, _ = query.shape
-    padding, bias = key_padding(attn_mask, L)
+    padding, bias = key_padding(attn_mask, L, padding)
     rows = visible_rows(L, L, is_causal=is_causal, window=window, padding=padding, device=query.device)
     step = max(1, _CHUNK // max(1, B * H * L))
     found = []
@@ -83,10 +85,11 @@ def slice_widths(
     is_causal: bool = False,
     window: int | None = None,
     attn_mask: Tensor | None = None,
+    padding: Tensor | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
     """Return how many keys each slice of each query holds, ``[B or 1, L, M]``."""
-    padding, _ = key_padding(attn_mask, L)
+    padding, _ = key_padding(attn_mask, L, padding)
     rows = visible_rows(L, L, is_causal=is_causal, window=window, padding=padding, device=device)
     return boundaries(rows.count, M).diff(dim=-1)
 

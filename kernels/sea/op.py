@@ -37,6 +37,8 @@ def sea_attention(
     scale_prob: Tensor | None = None,
     mix: Tensor | None = None,
     strict_window: bool = True,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> Tensor:
     """Compute ``reference.sea_attention``: by the operator where it has the options, else by the reference."""
     options: dict[str, Any] = {
@@ -48,6 +50,8 @@ def sea_attention(
         "grouping": grouping,
         "scale_prob": scale_prob,
         "mix": mix,
+        "padding": padding,
+        "pooling": pooling,
     }
     if dropout_p != 0.0 or (window is not None and strict_window):
         options |= {"dropout_p": dropout_p, "enable_gqa": enable_gqa, "strict_window": strict_window}
@@ -75,6 +79,8 @@ def sea_attention_op(
     grouping: str,
     scale_prob: Tensor | None,
     mix: Tensor | None,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> Tensor:
     """Compute ``reference.sea_attention`` without dropout; a window is not refused here."""
     return reference.sea_attention(
@@ -93,6 +99,8 @@ def sea_attention_op(
         scale_prob=scale_prob,
         mix=mix,
         strict_window=False,
+        padding=padding,
+        pooling=pooling,
     ).contiguous()
 
 
@@ -117,6 +125,8 @@ def sea_attention_backward(
     grouping: str,
     scale_prob: Tensor | None,
     mix: Tensor | None,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> list[Tensor]:
     """Return the gradients of query, key, value, estimated, attn_mask, scale_prob and mix.
 
@@ -135,6 +145,8 @@ def sea_attention_backward(
         rule=Rule(budget, budget_rule, grouping),
         scale_prob=scale_prob,
         mix=mix,
+        padding=padding,
+        pooling=pooling,
     )
     inputs = (query, key, value, estimated, attn_mask, scale_prob, mix)
     return [
@@ -159,6 +171,8 @@ def _(
     grouping: str,
     scale_prob: Tensor | None,
     mix: Tensor | None,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> list[Tensor]:
     return [_like(tensor, query) for tensor in (query, key, value, estimated, attn_mask, scale_prob, mix)]
 
@@ -169,20 +183,20 @@ def _like(tensor: Tensor | None, query: Tensor) -> Tensor:
     return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
 
 
-_TENSORS = (0, 1, 2, 3, 4, 11, 12)  # where the operator takes tensors
+_TENSORS = (0, 1, 2, 3, 4, 11, 12)  # where the operator takes tensors that may have a gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(inputs[at] for at in _TENSORS))
-    ctx.options = inputs[5:11]
+    ctx.save_for_backward(*(inputs[at] for at in _TENSORS), inputs[13])
+    ctx.options, ctx.pooling = inputs[5:11], inputs[14]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, estimated, attn_mask, scale_prob, mix = ctx.saved_tensors
+    query, key, value, estimated, attn_mask, scale_prob, mix, padding = ctx.saved_tensors
     found = torch.ops.attnrewrite.sea_attention_backward(
-        grad, query, key, value, estimated, attn_mask, *ctx.options, scale_prob, mix
+        grad, query, key, value, estimated, attn_mask, *ctx.options, scale_prob, mix, padding, ctx.pooling
     )
-    result: list[Tensor | None] = [None] * 13
+    result: list[Tensor | None] = [None] * 15
     for at, gradient in zip(_TENSORS, found, strict=True):
         result[at] = gradient if ctx.needs_input_grad[at] else None
     return tuple(result)

@@ -1,7 +1,7 @@
 """The value that the sparse result is mixed with: a mean of what the query sees (arXiv 2310.01777, section 3).
 
 Causal: the plain mean of the visible values. Else: the values weighted by the queries' mean estimate, each slice's
-weight shared among its tokens.
+weight shared among its tokens ("width"), or given to each of them ("paper", as in the authors' code).
 """
 
 from __future__ import annotations
@@ -52,13 +52,15 @@ class Pool(NamedTuple):
     """How the queries' mean estimate weighs the keys, where all queries see the same n keys.
 
     ``column`` and ``real`` are ``[B or 1, S]``, the slice of each key and whether it is visible; ``share``,
-    ``[B or 1, 1, M]``, is 1 / width, 0 for empty slices; ``mean``, ``[B, H, M]``, the mean estimate.
+    ``[B or 1, 1, M]``, is 1 / width, 0 for empty slices; ``mean``, ``[B, H, M]``, the mean estimate. ``whole`` gives
+    the weight of a slice to each of its keys.
     """
 
     column: Tensor
     real: Tensor
     share: Tensor
     mean: Tensor
+    whole: bool
 
     def per_token(self, per_slice: Tensor) -> Tensor:
         """Spread ``[B, H, M]`` over the keys: ``[B, H, S]``, 0 for padding."""
@@ -74,11 +76,15 @@ class Pool(NamedTuple):
         return per_token.new_zeros(B, H, self.share.shape[-1]).scatter_add(-1, column, real)
 
     def weights(self) -> Tensor:
-        """Return the weight of each key, ``[B, H, S]``, which sum to 1 wherever a key is visible."""
+        """Return the weight of each key, ``[B, H, S]``; unless ``whole`` they sum to 1 wherever a key is visible."""
+        if self.whole:
+            return self.per_token(self.mean)
         return self.per_token(self.mean * self.share / self._kept())
 
     def weights_gradient(self, grad: Tensor) -> Tensor:
         """Return the gradient of ``mean`` from that of the weights."""
+        if self.whole:
+            return self.per_slice(grad)
         shared, kept = self.per_slice(grad) * self.share, self._kept()
         total = (shared * self.mean).sum(-1, keepdim=True) / kept
         return (shared - total).masked_fill(self.share == 0, 0.0) / kept
@@ -89,7 +95,7 @@ class Pool(NamedTuple):
         return torch.where(kept == 0, 1.0, kept)
 
 
-def estimate_pool(probabilities: Tensor, rows: Rows) -> Pool:
+def estimate_pool(probabilities: Tensor, rows: Rows, pooling: str) -> Pool:
     """Return how the mean of the estimates, ``[B, H, L, M]``, weighs the keys; ``rows`` are not causal."""
     M, real = probabilities.shape[-1], rows.real
     asked = rows.count > 0  # [B or 1, L]
@@ -99,7 +105,7 @@ def estimate_pool(probabilities: Tensor, rows: Rows) -> Pool:
     rank = (real.long().cumsum(-1) - 1).clamp(min=0)
     width = boundaries(n, M).diff(dim=-1)  # [B or 1, 1, M]
     share = torch.where(width == 0, 0.0, 1.0 / width.clamp(min=1).to(mean.dtype))
-    return Pool(slice_of(rank, n, M).clamp(max=M - 1), real, share, mean)
+    return Pool(slice_of(rank, n, M).clamp(max=M - 1), real, share, mean, pooling == "paper")
 
 
 def estimate_mean(value: Tensor, pool: Pool) -> Tensor:

@@ -34,6 +34,8 @@ def sea_attention(
     scale_prob: Tensor | None = None,
     mix: Tensor | None = None,
     strict_window: bool = True,
+    padding: Tensor | None = None,
+    pooling: str = "width",
 ) -> Tensor:
     """Attention to the keys that an estimate of the attention matrix selects (SEA, arXiv 2310.01777, section 3).
 
@@ -69,6 +71,9 @@ def sea_attention(
         scale_prob: broadcastable to ``[B, H, L]``, after its sigmoid; 1 if None.
         mix: the same; without it nothing is pooled.
         strict_window: True refuses a window, because an estimate's running sums also hold keys behind it.
+        padding: boolean ``[B or 1, L]``, True = real token: padding beside a bias.
+        pooling: without ``is_causal``: "width" shares the weight of a slice among its keys, so that all weights sum
+            to 1; "paper" gives it whole to each of them, as in the authors' code.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``, differentiable in every float input; ``estimated`` gets a
@@ -92,24 +97,32 @@ def sea_attention(
         scale_prob=scale_prob,
         mix=mix,
         strict_window=strict_window,
+        padding=padding,
+        pooling=pooling,
     )
-    padding, bias = key_padding(attn_mask, key.shape[2])
+    padding, bias = key_padding(attn_mask, key.shape[2], padding)
     rows = visible_rows(
         query.shape[2], key.shape[2], is_causal=is_causal, window=window, padding=padding, device=query.device
     )
     with full_precision(query.device):
         sparse = sparse_attention(query, key, value, estimated, rows, rule, bias=bias, scale=scale, dropout_p=dropout_p)
-        return completed(sparse, value, estimated, rows, scale_prob, mix).to(query.dtype)
+        return completed(sparse, value, estimated, rows, scale_prob, mix, pooling).to(query.dtype)
 
 
 def completed(
-    sparse: Tensor, value: Tensor, estimated: Tensor, rows: Rows, scale_prob: Tensor | None, mix: Tensor | None
+    sparse: Tensor,
+    value: Tensor,
+    estimated: Tensor,
+    rows: Rows,
+    scale_prob: Tensor | None,
+    mix: Tensor | None,
+    pooling: str,
 ) -> Tensor:
     """Mix the sparse result ``[B, H, L, Dv]`` with the pooled values."""
     pooled = None
     if mix is not None:
         values = value.to(sparse.dtype)
-        pooled = visible_mean(values, rows) if rows.is_causal else _estimate_mean(values, estimated, rows)
+        pooled = visible_mean(values, rows) if rows.is_causal else _estimate_mean(values, estimated, rows, pooling)
     return mixed(sparse, pooled, rows, scale_prob, mix)
 
 
@@ -157,9 +170,9 @@ def mixed(sparse: Tensor, pooled: Tensor | None, rows: Rows, scale_prob: Tensor 
     return torch.where((rows.count > 0)[:, None, :, None], out, 0.0)
 
 
-def _estimate_mean(value: Tensor, estimated: Tensor, rows: Rows) -> Tensor:
+def _estimate_mean(value: Tensor, estimated: Tensor, rows: Rows, pooling: str) -> Tensor:
     probabilities = torch.softmax(rows.blank(estimated).to(value.dtype), dim=-1)
-    return estimate_mean(value, estimate_pool(probabilities, rows))
+    return estimate_mean(value, estimate_pool(probabilities, rows, pooling))
 
 
 def unknown(estimated: Tensor, rule: Rule) -> Tensor:

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
-from attnrewrite.kernels.selective.ballot import Ballot, attend
 from attnrewrite.kernels.selective.reference import check_selection
-from attnrewrite.kernels.strips import Options
-from attnrewrite.kernels.visibility import accumulation_dtype, check_attention, full_precision
+from attnrewrite.kernels.selective.step import step
+from attnrewrite.kernels.visibility import accumulation_dtype, check_attention
 
 
 @dataclass(frozen=True)
 class SelectionState:
     """What a step leaves to the next beside keys and values.
 
-    ``votes`` ``[B, S]`` in float32 (float64 for float64 inputs) are those that each key has received, ``protected``
-    ``[B, S]`` are the keys on which nobody may vote. To drop keys from the cache, index both as the cache is indexed.
+    ``votes`` ``[B, S]`` in float32 (float64 for float64 inputs) are those that each key has received, infinite for a
+    key that was evicted; ``protected`` ``[B, S]`` are the keys on which nobody may vote. To drop keys from the cache,
+    index both as the cache is indexed.
     """
 
     votes: Tensor
@@ -48,6 +48,7 @@ def selective_decode(
     gamma: float | Tensor = 1.0,
     protect_first: bool = True,
     softcap: float | None = None,
+    budget: int | None = None,
 ) -> tuple[Tensor, SelectionState]:
     """Attend with the newest L of S tokens; causal selective attention (arXiv 2410.02703) step by step.
 
@@ -67,29 +68,49 @@ def selective_decode(
         gamma: number or 0-d tensor; strength of the votes.
         protect_first: False lets queries vote on every key but their own.
         softcap: bounds the logits before bias, mask and votes.
+        budget: how many keys may be attended to, at least 2. When a new key makes them more, the one with the largest
+            penalty is evicted for good before its query attends: never the new key nor a protected one, the oldest
+            among equals. A key that its own query does not see, such as padding, counts as evicted.
 
     Returns:
-        The output ``[B, H, L, Dv]`` in the dtype of ``query``, and the state for S keys.
+        The output ``[B, H, L, Dv]`` in the dtype of ``query``, and the state for S keys. Both are differentiable in
+        every float input, the votes of ``state`` included, except with a budget.
 
     Raises:
-        LoweringError: AR402, arguments that do not fit together.
+        LoweringError: AR402, arguments that do not fit together, and gradients with a budget.
     """
     check_attention(query, key, value, attn_mask, is_causal=True, enable_gqa=enable_gqa, window=window, softcap=softcap)
     check_selection(query, attn_mask, selection_head, gamma)
     (B, _, L, D), S = query.shape, key.shape[2]
     _check_state(state, B, L, S)
+    _check_budget(budget, window)
     dtype = accumulation_dtype(query.dtype)
-    how = Options(D**-0.5 if scale is None else scale, True, window, softcap, offset=S - L)
     strength = gamma if isinstance(gamma, Tensor) else query.new_full((), gamma, dtype=dtype)
-    with full_precision(query.device):
-        ballot = Ballot.of(query, key, attn_mask, how, selection_head, protect_first)
-        votes = query.new_zeros(B, S, dtype=dtype)
-        protected = torch.zeros(B, S, dtype=torch.bool, device=query.device)
-        if state is not None:
-            votes[:, : S - L], protected[:, : S - L] = state.votes, state.protected
-        if ballot.protected is not None:
-            protected = ballot.protected = protected | ballot.protected
-        out, votes = attend(query, key, value, strength, attn_mask, how, ballot, votes)
+    votes = query.new_zeros(B, S, dtype=dtype)
+    protected = torch.zeros(B, S, dtype=torch.bool, device=query.device)
+    if state is not None:
+        votes = torch.cat((state.votes.to(dtype), votes[:, S - L :]), dim=1)
+        protected = torch.cat((state.protected, protected[:, S - L :]), dim=1)
+    limit = None if budget is None else torch.tensor(budget)
+    factor = D**-0.5 if scale is None else scale
+    out, votes, protected = step(
+        query,
+        key,
+        value,
+        strength,
+        votes,
+        protected,
+        attn_mask,
+        None,
+        None,
+        limit,
+        factor,
+        0.0,
+        window,
+        softcap,
+        selection_head,
+        protect_first,
+    )
     return out, SelectionState(votes, protected)
 
 
@@ -105,3 +126,10 @@ def _check_state(state: SelectionState | None, B: int, L: int, S: int) -> None:
     if state is not None and state.votes.shape != (B, S - L):
         has = " x ".join(map(str, state.votes.shape))
         raise error("AR402", f"state is for {has} keys; needed is B x (S - L) = {B} x {S - L}")
+
+
+def _check_budget(budget: int | None, window: int | None) -> None:
+    if budget is not None and budget < 2:
+        raise error("AR402", f"budget is {budget}; it takes at least 2, the first key and the newest", hint="")
+    if budget is not None and window is not None:
+        raise error("AR402", f"budget is {budget} and window is {window}; one of them bounds the cache", hint="")

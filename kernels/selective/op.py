@@ -1,12 +1,4 @@
-"""The operator ``attnrewrite::selective_attention``: strips of queries, closed-form backward.
-
-Forward carries the votes that every key has received from one strip to the next. Backward goes the other way: with
-dL' the gradient by the penalised logits and G = Σ_h dL',
-
-    dF = -γ G      dZ[k,j] = Σ_{i>k} dF[i,j] where k may vote on j and Z[k,j] > 0      dγ = -Σ G∘F
-
-so it carries the sum of dF over later queries. The state of forward is computed anew from the selection head alone.
-"""
+"""The operator ``attnrewrite::selective_attention``: strips of queries, closed-form backward."""
 
 from __future__ import annotations
 
@@ -17,11 +9,10 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
-from attnrewrite.kernels.sdpa.reference import masked_softmax
 from attnrewrite.kernels.selective import reference
+from attnrewrite.kernels.selective.backward import gradients
 from attnrewrite.kernels.selective.ballot import Ballot, attend
 from attnrewrite.kernels.selective.reference import check_selective
-from attnrewrite.kernels.strips import Gradients
 from attnrewrite.kernels.visibility import accumulation_dtype, full_precision
 
 
@@ -72,10 +63,11 @@ def _forward(
     selection_head: int,
     protect_first: bool,
 ) -> Tensor:
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    ballot = Ballot(strips.options(seed, scale, dropout_p, is_causal, window, softcap), selection_head)
     with full_precision(query.device):
-        ballot = Ballot.of(query, key, attn_mask, how, selection_head, protect_first)
-        return attend(query, key, value, gamma, attn_mask, how, ballot)[0]
+        if protect_first:
+            ballot.protect(query, key, attn_mask)
+        return attend(query, key, value, gamma, attn_mask, ballot)[0]
 
 
 @_forward.register_fake
@@ -103,34 +95,15 @@ def _backward(
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients by query, key, value, gamma and bias; an empty one where there is no bias."""
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
-    (B, H, L, _), S = query.shape, key.shape[2]
-    dtype = accumulation_dtype(query.dtype)
+    ballot = Ballot(strips.options(seed, scale, dropout_p, is_causal, window, softcap), selection_head)
     with full_precision(query.device):
-        q, k, v, g, strength = (x.to(dtype) for x in (query, key, value, upstream, gamma))
-        delta = (g * out.to(dtype)).sum(-1, keepdim=True)  # [B, H, L, 1]
-        total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None)
-        ballot = Ballot.of(q, k, attn_mask, how, selection_head, protect_first)
-        spans = list(strips.spans(B, H, L, S, how))
-        states = list(ballot.states(q, k, attn_mask, spans))
-        later, by_gamma = q.new_zeros(B, S), q.new_zeros(())
-        for rows, cols in reversed(spans):
-            part = strips.strip(q, k, attn_mask, how, rows, cols)
-            own = part.logits[:, selection_head]
-            penalty = ballot.penalty(part, own, states.pop())
-            weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), part.seen)
-            by_logit = total.through_weights(part, weights, g, v, delta, how)
-            summed = by_logit.sum(1)  # [B, rows, cols]
-            by_gamma -= (summed * penalty).sum()
-            by_penalty = -strength * summed
-            whole = by_penalty.sum(1)
-            after = later[:, None, cols] + whole.unsqueeze(1) - torch.cumsum(by_penalty, dim=1)
-            later[:, cols] += whole
-            by_logit[:, selection_head] += torch.where(ballot.may_vote(part) & (own > 0), after, 0.0)
-            total.add_scores(part, by_logit, q, k, how)
-    by_bias = query.new_empty(0) if total.bias is None or attn_mask is None else total.bias.to(attn_mask.dtype)
-    by_query, by_key, by_value = total.query.to(query.dtype), total.key.to(key.dtype), total.value.to(value.dtype)
-    return by_query, by_key, by_value, by_gamma.to(gamma.dtype), by_bias
+        if protect_first:
+            ballot.protect(query, key, attn_mask)
+        *found, by_bias, _ = gradients(
+            upstream, None, query, key, value, gamma, out, attn_mask, ballot, bias_needs_grad=bias_needs_grad
+        )
+    by_query, by_key, by_value, by_gamma = found
+    return by_query, by_key, by_value, by_gamma, by_bias
 
 
 @_backward.register_fake

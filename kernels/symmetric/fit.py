@@ -7,9 +7,13 @@ computed in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+PairForm = Literal["full", "symmetric", "diag"]
+"""Which S are allowed: all, those with S = Sᵀ, or diagonal ones."""
 
 STEPS = 200
 
@@ -39,6 +43,21 @@ def fit_symmetric(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None) ->
     weight = basis @ vectors[:, -w_q.shape[1] :].flip(1) * kept.sqrt()
     error = _distance(left, right, weight, weight)
     return Shared(_positive(_coloured(covariance, weight)), None, error)
+
+
+def fit_signed(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None) -> Shared:
+    """Return W and the diagonal S of signs that minimise ``||M - W S Wᵀ||`` among all symmetric S.
+
+    As ``fit_symmetric``, with the d eigenvalues of M_s that are largest by size, of either sign.
+    """
+    left, right = _whitened(covariance, w_q.double(), w_k.double())
+    basis, (a, b) = _in_span(left, right)
+    values, vectors = torch.linalg.eigh((a @ b.mT + b @ a.mT) / 2)
+    kept = values.abs().argsort(descending=True)[: w_q.shape[1]]
+    weight = basis @ vectors[:, kept] * values[kept].abs().sqrt()
+    pair = torch.diag(torch.where(values[kept] < 0, -1.0, 1.0).to(values.dtype))
+    error = _distance(left, right, weight @ pair, weight)
+    return Shared(_positive(_coloured(covariance, weight)), pair[None], error)
 
 
 def shared_bias(
@@ -77,32 +96,52 @@ def fit_pairwise(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None, ste
     return Shared(_coloured(covariance, basis @ best) * size, pair / size**2, float(gone.sqrt()))
 
 
-def fit_keys(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None) -> Shared:
-    """Return W = w_k and the S_g with ``w_k S_gᵀ`` nearest to ``w_q[g]``: keys stay exact, queries are approximated.
+def fit_keys(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None, form: PairForm = "full") -> Shared:
+    """Return W = w_k and the S_g with ``w_k S_g`` nearest to ``w_q[g]``: keys stay exact, queries are approximated.
 
-    The one that rotary embedding allows: S stands before the rotation. ``w_q`` is ``[G, D, d]``.
+    The one that rotary embedding allows: S stands before the rotation. ``w_q`` is ``[G, D, d]``. The error is that of
+    the queries, ``||w_q - w_k S|| / ||w_q||``.
     """
     left, right = _whitened(covariance, w_q.double(), w_k.double())
-    transposed = torch.linalg.lstsq(right.expand(left.shape[0], -1, -1), left, driver="gelsd").solution  # [G, d, d]
-    gone = (left - right @ transposed).square().sum() / left.square().sum()
-    return Shared(w_k.double(), transposed, float(gone.sqrt()))
+    if form == "full":
+        pair = torch.linalg.lstsq(right.expand(left.shape[0], -1, -1), left, driver="gelsd").solution  # [G, d, d]
+    else:
+        normal, wanted = right.mT @ right, right.mT @ left
+        pair = _nearest_diagonal(normal, wanted) if form == "diag" else _nearest_symmetric(normal, wanted)
+    tiny = torch.finfo(left.dtype).tiny
+    gone = (left - right @ pair).square().sum() / left.square().sum().clamp(min=tiny)
+    return Shared(w_k.double(), pair, float(gone.sqrt()))
 
 
-def fit_rotary(w_q: Tensor, w_k: Tensor) -> Shared:
+def _nearest_diagonal(normal: Tensor, wanted: Tensor) -> Tensor:
+    tiny = torch.finfo(normal.dtype).tiny
+    return torch.diag_embed(wanted.diagonal(dim1=-2, dim2=-1) / normal.diagonal().clamp(min=tiny))
+
+
+def _nearest_symmetric(normal: Tensor, wanted: Tensor) -> Tensor:
+    """Solve ``A S + S A = B + Bᵀ``, what a symmetric S of least squares satisfies, in the eigenbasis of A."""
+    values, basis = torch.linalg.eigh(normal)
+    sums = (values[:, None] + values).clamp(min=values.abs().max() * torch.finfo(values.dtype).eps)
+    return basis @ ((basis.mT @ (wanted + wanted.mT) @ basis) / sums) @ basis.mT
+
+
+def fit_rotary(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None) -> Shared:
     """Return the complex w ``[D, F]`` nearest to complex ``w_q``, ``w_k`` ``[D, F]``, one column per rotated pair.
 
     Under rotary embedding a pair's score is Re(e^(i n) x Z xᵀ) with Z = w_q w_kᴴ; averaged over offsets n the error is
     ``||Z - w wᴴ||² / 2``. w is the eigenvector of (Z + Zᴴ) / 2 with the positive one of its two eigenvalues.
     """
-    w_q, w_k = w_q.to(torch.complex128), w_k.to(torch.complex128)
-    basis, upper = torch.linalg.qr(torch.stack((w_q.mT, w_k.mT), -1))  # [F, D, 2], [F, 2, 2]
+    left, right = _whitened(covariance, w_q.to(torch.complex128), w_k.to(torch.complex128))
+    basis, upper = torch.linalg.qr(torch.stack((left.mT, right.mT), -1))  # [F, D, 2], [F, 2, 2]
     middle = upper @ upper.flip(-1).mH / 2
     values, vectors = torch.linalg.eigh(middle)
     found = (basis @ vectors[..., -1:]).squeeze(-1) * values[:, -1:].clamp(min=0).sqrt()
-    phase = found[:, :1].conj() / found[:, :1].abs().clamp(min=torch.finfo(torch.float64).tiny)
-    energy = w_q.abs().square().sum(0) * w_k.abs().square().sum(0)
-    gone = (energy - values[:, -1].clamp(min=0).square()).clamp(min=0).sum() / energy.sum()
-    return Shared((found * phase).mT, None, float(gone.sqrt()))
+    energy = left.abs().square().sum(0) * right.abs().square().sum(0)
+    tiny = torch.finfo(torch.float64).tiny
+    gone = (energy - values[:, -1].clamp(min=0).square()).clamp(min=0).sum() / energy.sum().clamp(min=tiny)
+    weight = _coloured(covariance, found.mT)
+    phase = weight[:1].conj() / weight[:1].abs().clamp(min=tiny)
+    return Shared(weight * phase, None, float(gone.sqrt()))
 
 
 def _candidates(products: Tensor, width: int) -> list[Tensor]:
@@ -150,11 +189,11 @@ def _whitened(covariance: Tensor | None, *weights: Tensor) -> tuple[Tensor, ...]
     """Multiply by the square root of the covariance: Frobenius norms then weigh directions as the inputs do."""
     if covariance is None:
         return weights
-    return tuple(_power(covariance, 0.5) @ weight for weight in weights)
+    return tuple(_power(covariance, 0.5).to(weight.dtype) @ weight for weight in weights)
 
 
 def _coloured(covariance: Tensor | None, weight: Tensor) -> Tensor:
-    return weight if covariance is None else _power(covariance, -0.5) @ weight
+    return weight if covariance is None else _power(covariance, -0.5).to(weight.dtype) @ weight
 
 
 def _power(covariance: Tensor, exponent: float) -> Tensor:
@@ -170,7 +209,13 @@ def _positive(weight: Tensor) -> Tensor:
 
 
 def _distance(w_q: Tensor, w_k: Tensor, left: Tensor, right: Tensor) -> float:
-    """Return ``||w_q w_kᵀ - left rightᵀ|| / ||w_q w_kᵀ||`` without a D x D matrix."""
+    """Return ``||w_q w_kᵀ - left rightᵀ|| / ||w_q w_kᵀ||``."""
+    gone, total = energies(w_q, w_k, left, right)
+    return float((gone / total.clamp(min=torch.finfo(total.dtype).tiny)).sqrt())
+
+
+def energies(w_q: Tensor, w_k: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``||w_q w_kᴴ - left rightᴴ||²`` and ``||w_q w_kᴴ||²`` of ``[.., D, n]``, without a D x D matrix."""
     _, (q, k, a, b) = _in_span(w_q, w_k, left, right)
-    total = torch.linalg.matrix_norm(q @ k.mT).clamp(min=torch.finfo(torch.float64).tiny)
-    return float(torch.linalg.matrix_norm(q @ k.mT - a @ b.mT) / total)
+    whole, ours = q @ k.mH, a @ b.mH
+    return (whole - ours).abs().square().sum((-2, -1)), whole.abs().square().sum((-2, -1))

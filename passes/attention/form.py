@@ -133,7 +133,8 @@ class Visibility:
     ``dense`` are conditions that no predicate describes; ``documents`` are conditions that query and key lie in one
     packed document; ``bias`` are the additive terms that are no mask; ``terms``
     are the mask terms as the model spells them. ``assumed`` are the buffers that the facts were read from.
-    ``rows_never_empty`` says that the masks leave every row a key, ``bias_is_small`` that no bias can hide one.
+    ``rows_never_empty`` says that the masks leave every row a key, ``bias_is_small`` that no bias can hide one, and
+    ``bias_may_hide`` that one might, other than by numbers that are learned.
     """
 
     facts: Mask
@@ -145,6 +146,7 @@ class Visibility:
     empty_rows: EmptyRow = "zero"
     rows_never_empty: bool = False
     bias_is_small: bool = True
+    bias_may_hide: bool = False
     assumed: list[fx.Node] = field(default_factory=list)
 
 

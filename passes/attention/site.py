@@ -96,6 +96,10 @@ class SiteTensors:
         """Return the value [B, Hkv, S, Dv]."""
         return self._whole("value", self.site.value_layout)
 
+    def attended(self) -> torch.Tensor:
+        """Return what the attention weights sum up: the values. A subclass gives the identity to see the weights."""
+        return self.value()
+
     def _whole(self, role: str, want: Layout) -> torch.Tensor:
         """Bring all blocks of keys or values into one layout, and join them."""
         parts = [

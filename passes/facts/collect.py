@@ -140,6 +140,15 @@ class FactReader:
         return found
 
 
+def is_cross(site: Attention) -> bool | None:
+    """Whether keys come from another sequence than queries; None where it is not known."""
+    owner = site.output.graph.owning_module
+    assert owner is not None
+    row = Site(site.layer, site.source, "matched")
+    FactReader(Capture(owner, "dynamo")).fill(site, row)
+    return row.cross
+
+
 def softmax_dtype(site: Attention) -> str | None:
     """Return the precision that the softmax runs in; a fused operator takes at least float32."""
     if site.softmax is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import torch
@@ -79,10 +80,16 @@ def held(node: fx.Node) -> Any:
     return value
 
 
-def same_value(a: object, b: object, depth: int = 8) -> bool:
-    """Whether two nodes, or literals, compute the same by construction: equal operators on equal inputs."""
+def same_value(a: object, b: object, depth: int = 8, read: Callable[[object], object] = lambda value: value) -> bool:
+    """Whether two nodes, or literals, compute the same by construction: equal operators on equal inputs.
+
+    ``read`` maps a value to one that stands for it.
+    """
+    a, b = read(a), read(b)
     if a is b:
         return True
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same_value(x, y, depth, read) for x, y in zip(a, b, strict=True))
     if not (is_node(a) and is_node(b)) or depth == 0:
         return not (is_node(a) or is_node(b)) and type(a) is type(b) and a == b
     if NUMBER in a.meta or NUMBER in b.meta:
@@ -95,7 +102,7 @@ def same_value(a: object, b: object, depth: int = 8) -> bool:
         return False
     pairs = zip([*a.args, *a.kwargs.values()], [*b.args, *b.kwargs.values()], strict=False)
     sizes = len(a.args) == len(b.args) and a.kwargs.keys() == b.kwargs.keys()
-    return sizes and all(same_value(x, y, depth - 1) for x, y in pairs)
+    return sizes and all(same_value(x, y, depth - 1, read) for x, y in pairs)
 
 
 def layer_path(node: fx.Node) -> str:

@@ -30,8 +30,8 @@ from attnrewrite.passes.graph.axes import (
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.evaluate import DependsOnData, Evaluator, literals
-from attnrewrite.passes.graph.nodes import is_node, op, tensor
-from attnrewrite.passes.masks.documents import split_documents
+from attnrewrite.passes.graph.nodes import WEIGHT, is_node, op, tensor
+from attnrewrite.passes.masks.documents import same_number, split_documents
 from attnrewrite.passes.masks.grids import draw, grid, name_grid
 from attnrewrite.passes.masks.selection import affine_selection
 from attnrewrite.passes.masks.smallness import is_small
@@ -82,6 +82,7 @@ class MaskReader:
             if read is None:
                 seen.bias.append(term)
                 seen.bias_is_small &= is_small(term.node, term.weight, self._static_value)
+                seen.bias_may_hide |= not is_small(term.node, term.weight, self._static_value, self._is_parameter)
                 continue
             parts, fill = read
             seen.terms.append(term)
@@ -102,6 +103,11 @@ class MaskReader:
             seen.facts, fills = Mask("causal", offset=0), [-math.inf]
         if seen.documents and seen.facts.kind == "none":
             seen.facts = Mask("causal", offset=0)
+        if seen.facts.offset == 0 and not seen.documents:
+            seen.documents = [
+                x for x in seen.dense if same_number(x, heads, rows, cols, lambda n: self._is_range(n, rows, cols))
+            ]
+            seen.dense = [x for x in seen.dense if x not in seen.documents]
         if scores.floor is not None:
             fills = [max(f, scores.floor) for f in fills]
         self._describe(seen, fills)
@@ -171,14 +177,19 @@ class MaskReader:
         if op(node) == "add" and constant(node.kwargs.get("alpha", 1)) == 1:
             parts = [part for part in node.args[:2] if is_node(part)]
             split = [Term("add", part, broadcast(layout, part), term.weight) for part in parts]
-        elif op(node) == "where" and self._selection(node, layout) is None:
-            condition, bias, fill = node.args[0], node.args[1], constant(node.args[2])
+        elif op(node) in ("where", "masked_fill") and self._selection(node, layout) is None:
+            masked = op(node) == "masked_fill"
+            condition, bias, fill = node.args[masked], node.args[not masked], constant(node.args[2])
             if is_node(condition) and is_node(bias) and fill is not None and fill * term.weight <= NEGLIGIBLE:
-                hidden = Term("fill", condition, broadcast(layout, condition), value=fill * term.weight, when=False)
+                hidden = Term("fill", condition, broadcast(layout, condition), value=fill * term.weight, when=masked)
                 split = [Term("add", bias, broadcast(layout, bias), term.weight), hidden]
         if len(split) != 2:
             return [term]
         return [leaf for part in split for leaf in self._addends(part)]
+
+    def _is_parameter(self, node: fx.Node) -> bool:
+        node = self.capture.bindings.get(node, node)
+        return node.op == "placeholder" and WEIGHT in node.meta and node not in self.capture.buffers
 
     def _static_value(self, node: fx.Node) -> torch.Tensor | None:
         try:

@@ -2,7 +2,8 @@
 
 With positions p, document numbers are ``doc = cumsum(diff(p) != 1)`` and a key is visible iff ``doc_j == doc_i`` and
 ``p_j <= p_i``. Within one document positions rise by one, so there ``p_j <= p_i`` says ``j <= i``, whatever the data:
-the pair means "causal, within the document".
+the pair means "causal, within the document". So does, beside a causal mask, ``number_j == number_i`` for whole
+numbers: which tokens share a document is then all that it says.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import fx
 from attnrewrite.passes.attention.form import Leaf
 from attnrewrite.passes.graph.axes import Dim, broadcast, flat, symbols
 from attnrewrite.passes.graph.constants import constant
-from attnrewrite.passes.graph.nodes import argument, is_node, op
+from attnrewrite.passes.graph.nodes import argument, is_node, op, tensor
 
 IsRange = Callable[[fx.Node], bool]
 
@@ -29,6 +30,14 @@ def split_documents(dense: list[Leaf], rows: Dim, cols: Dim, is_range: IsRange) 
     documents = [leaf for leaf, source in same.items() if source in positions]
     implied = [leaf for leaf, source in orders.items() if source in positions]
     return documents, [leaf for leaf in dense if leaf not in documents + implied]
+
+
+def same_number(leaf: Leaf, heads: Dim, rows: Dim, cols: Dim, is_range: IsRange) -> bool:
+    """Whether the leaf says that query and key have one whole number in common, the same for all heads."""
+    if op(leaf.node) != "eq" or not leaf.polarity or set(flat(heads)) & set(symbols(leaf.layout)):
+        return False
+    numbers = _pair(leaf, (rows, cols), is_range) or _pair(leaf, (cols, rows), is_range)
+    return numbers is not None and _is_whole(numbers)
 
 
 def _order(leaf: Leaf, rows: Dim, cols: Dim, is_range: IsRange) -> fx.Node | None:
@@ -70,15 +79,19 @@ def _pair(leaf: Leaf, sides: tuple[Dim, Dim], is_range: IsRange) -> fx.Node | No
 def _gathered(node: fx.Node, is_range: IsRange) -> fx.Node | None:
     """Return the value [B, N] that ``node`` reads in order, through views or an index with ranges."""
     inner = _plain(node)
-    if inner is not None and op(inner) == "index" and isinstance(inner.args[1], list | tuple):
-        if all(is_node(index) and is_range(index) for index in inner.args[1]) and len(inner.args[1]) == 2:
-            return _plain(inner.args[0])
-        return None
-    return None
+    if inner is None or op(inner) != "index" or not isinstance(inner.args[1], list | tuple):
+        return inner
+    whole = len(inner.args[1]) == 2 and all(is_node(index) and is_range(index) for index in inner.args[1])
+    return _plain(inner.args[0]) if whole else None
 
 
 def _plain(node: object) -> fx.Node | None:
     """Step through broadcasts and casts."""
-    while is_node(node) and op(node) in ("expand", "to", "_to_copy", "alias", "clone", "contiguous"):
+    while is_node(node) and op(node) in ("expand", "to", "_to_copy", "alias", "clone", "contiguous", "unsqueeze"):
         node = node.args[0]
     return node if is_node(node) else None
+
+
+def _is_whole(node: fx.Node) -> bool:
+    value = tensor(node)
+    return value is not None and not value.dtype.is_floating_point and not value.dtype.is_complex

@@ -15,28 +15,42 @@ from attnrewrite.passes.graph.constants import constant
 from attnrewrite.passes.graph.nodes import is_node, op, tensor
 
 _PICKED = MOVES | CASTS | {"gather", "index_select", "contiguous", "detach"}
+_ROWS_OF = {"embedding", "index", "gather", "index_select"}
 StaticValue = Callable[[fx.Node], torch.Tensor | None]
 
 
-def is_small(node: fx.Node, weight: float, value_of: StaticValue, depth: int = 24) -> bool:
+def is_small(
+    node: fx.Node,
+    weight: float,
+    value_of: StaticValue,
+    is_learned: Callable[[fx.Node], bool] = lambda node: False,
+    depth: int = 24,
+) -> bool:
     """Whether no entry of ``weight * node`` is so low that it hides a key.
 
     Known values are looked at. Products of computed values, such as queries times positions, count as the scores
-    themselves do, which are such a product; so do sums of them, parts of them, and multiples by known numbers.
+    themselves do, which are such a product; so do sums of them, parts of them, and multiples by known numbers. So does
+    what ``is_learned`` says of a parameter.
     """
     if depth == 0:
         return False
+    if is_learned(node):
+        return True
+
+    def inner(x: fx.Node) -> bool:
+        return is_small(x, weight, value_of, is_learned, depth - 1)
+
     value = value_of(node)
     if value is not None:
         return bool((value * weight > NEGLIGIBLE).all())
     if op(node) in CONTRACTIONS:
         return op(node) != "baddbmm" and is_product(node)
-    if op(node) in _PICKED and is_node(node.args[0]):
-        return is_small(node.args[0], weight, value_of, depth - 1)
+    if op(node) in _PICKED | _ROWS_OF and is_node(node.args[0]):
+        return inner(node.args[0])
     if op(node) in ("add", "sub") and not node.kwargs:
-        return all(is_small(x, weight, value_of, depth - 1) for x in node.args[:2] if is_node(x))
+        return all(inner(x) for x in node.args[:2] if is_node(x))
     if op(node) in ("mul", "div") and not node.kwargs and is_node(node.args[0]) and tensor(node.args[0]) is not None:
-        return _is_ordinary(node.args[1]) and is_small(node.args[0], weight, value_of, depth - 1)
+        return _is_ordinary(node.args[1]) and inner(node.args[0])
     return False
 
 

@@ -34,10 +34,18 @@ class Marker:
     used: bool = False
 
 
-def encode(layer: str, variant: str, config: Mapping[str, Any], names: Sequence[str], *, learning: bool = False) -> str:
-    """Return the marker's ``site`` argument."""
-    what = {"layer": layer, "variant": variant, "config": dict(config), "names": list(names), "learning": learning}
-    return json.dumps(what, sort_keys=True)
+def encode(
+    layer: str,
+    variant: str,
+    config: Mapping[str, Any],
+    names: Sequence[str],
+    state: Sequence[str] = (),
+    *,
+    learning: bool = False,
+) -> str:
+    """Return the marker's ``site`` argument, for parameters ``names`` and behind them the ``state`` of a cache."""
+    what = {"layer": layer, "variant": variant, "config": dict(config), "names": list(names), "state": list(state)}
+    return json.dumps({**what, "learning": learning}, sort_keys=True)
 
 
 def find(capture: Capture) -> list[Marker]:
@@ -48,8 +56,10 @@ def find(capture: Capture) -> list[Marker]:
             if op(node) != ENTER:
                 continue
             what = json.loads(str(node.args[2]))
-            parameters = dict(zip(what["names"], node.args[1], strict=True))
-            request = Request(what["variant"], what["config"], parameters, node, what["learning"])
+            given = dict(zip([*what["names"], *what["state"]], node.args[1], strict=True))
+            parameters = {name: given.pop(name) for name in what["names"]}
+            learning, layer = what["learning"], what["layer"]
+            request = Request(what["variant"], what["config"], parameters, node, learning, layer, given)
             found.append(Marker(node, layer_path(node) or what["layer"], request))
     return found
 

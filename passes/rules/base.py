@@ -17,8 +17,10 @@ from attnrewrite.passes.attention.site import SiteTensors
 class Request:
     """What is wanted at a site: a variant with its config, and in a converted model the marker and what it carries.
 
-    ``parameters`` are the nodes of the layer's new parameters and buffers; the first argument of ``marker`` is the
-    layer's input. ``learning``: the layer trains, and the variant learns from what it sees, apart from gradients.
+    ``layer`` is the path of the converted layer, ``parameters`` the nodes of its new parameters and buffers; the first
+    argument of ``marker`` is the layer's input. ``learning``: the layer trains, and the variant learns from what it
+    sees, apart from gradients. ``state`` are the nodes of what a key-value cache holds for the keys, old and new,
+    ``[B, S, ...]``; the function writes into them in place what the next call needs.
     """
 
     variant: str
@@ -26,6 +28,8 @@ class Request:
     parameters: Mapping[str, fx.Node] = field(default_factory=dict)
     marker: fx.Node | None = None
     learning: bool = False
+    layer: str = ""
+    state: Mapping[str, fx.Node] = field(default_factory=dict)
 
 
 class Rule(Protocol):

@@ -1,8 +1,9 @@
-"""Find the raw projection of the queries: what the layer's query weights give, before norm and rotary embedding."""
+"""Find the raw projection of queries or keys: what the layer's weights give, before norm and rotary embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from torch import fx
 
@@ -40,23 +41,20 @@ _VIEWS = (MOVES - {"expand", "slice", "repeat_interleave", "repeat"}) | {"unbind
 _PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
 
 
-def query_projection(site: Attention) -> Operand:
-    """Return the projection of the site's queries with its layout. Raises Reject (AR307).
+def projection(site: Attention, role: Literal["query", "key"]) -> Operand:
+    """Return the projection of the site's queries or keys with its layout. Raises Reject (AR307).
 
-    It is the last value on the way from the projection's linear map to the queries that has only been moved or cut
+    It is the last value on the way from the projection's linear map to the operand that has only been moved or cut
     out of a fused projection, and still has every head and every feature.
     """
-    start = site.query
-    inner = flat(site.inner)
-    found: Operand | None = None
-    for operand in _ancestors(start, inner):
-        if _is_whole(operand, site) and _only_moved(operand.node):
-            found = Operand(operand.node, _named(operand.layout, site))
-            break
-    if found is None:
-        near = "queries that are a linear map of the layer's input, split into heads"
-        raise Reject("AR307", "the projection that makes the queries was not found", site.anchor, near)
-    return found
+    joined = role == "key" and site.keys is not None
+    for operand in [] if joined else _ancestors(site.query if role == "query" else site.key, flat(site.inner)):
+        wanted = site.query_layout if role == "query" else site.key_layout  # symbols may be split on the way
+        if _is_whole(operand, wanted) and only_moved(operand.node) is not None:
+            return Operand(operand.node, _named(operand.layout, wanted))
+    plural = "queries" if role == "query" else "keys"
+    near = f"{plural} that are a linear map of the layer's input, split into heads"
+    raise Reject("AR307", f"the projection that makes the {plural} was not found", site.anchor, near)
 
 
 def _ancestors(start: Operand, inner: Dim) -> Iterator[Operand]:
@@ -98,39 +96,40 @@ def _fresh_axis(layout: Layout, dim: int, node: fx.Node) -> Layout:
     return (*layout[:dim], axis, *layout[dim + 1 :])
 
 
-def _is_whole(operand: Operand, site: Attention) -> bool:
-    """Whether every query symbol is there; the feature axis may have been cut and joined on the way."""
-    wanted = [s for dim in site.query_layout[:3] for s in dim]
+def _is_whole(operand: Operand, wanted: Layout) -> bool:
+    """Whether every symbol of ``wanted`` is there; the feature axis may have been cut and joined on the way."""
+    names = [s for dim in wanted[:3] for s in dim]
     have = symbols(operand.layout)
-    rest = [s for s in have if s not in wanted]
-    return all(s in have or same(s.size, 1) for s in wanted) and same(size_of(rest), size_of(site.inner))
+    rest = [s for s in have if s not in names]
+    return all(s in have or same(s.size, 1) for s in names) and same(size_of(rest), size_of(wanted[3]))
 
 
-def _named(layout: Layout, site: Attention) -> Layout:
-    """Call the feature axis, which lost its name where it was cut and joined, by the site's name."""
-    wanted = {s for dim in site.query_layout[:3] for s in dim}
-    inner = set(flat(site.inner))
+def _named(layout: Layout, wanted: Layout) -> Layout:
+    """Call the feature axis, which lost its name where it was cut and joined, by the name it has in ``wanted``."""
+    names, inner = {s for dim in wanted[:3] for s in dim}, wanted[3]
 
     def name(dim: Dim) -> Dim:
         line = flat(dim)
-        strange = [s for s in line if s not in wanted and s not in inner]
+        strange = [s for s in line if s not in names and s not in inner]
         if not strange:
             return line
         first = line.index(strange[0])
-        return (*line[:first], *flat(site.inner), *(s for s in line[first:] if s in wanted))
+        return (*line[:first], *inner, *(s for s in line[first:] if s in names))
 
     return tuple(name(dim) for dim in layout)
 
 
-def _only_moved(node: fx.Node) -> bool:
-    """Whether ``node`` is a linear map's result, moved or cut but not computed with."""
+def only_moved(node: fx.Node) -> list[fx.Node] | None:
+    """Return the way from ``node`` back to the linear map whose result it is, moved or cut; None if it is more."""
+    way = [node]
     for _ in range(32):
+        node = way[-1]
         if op(node) in _LINEAR:
-            return True
+            return way
         target = getattr(node.target, "__name__", "")
         pieces = op(node) in _PIECES or target == "getitem"
         views = op(node) in _VIEWS
         if not (pieces or views) or not node.args or not is_node(node.args[0]):
-            return False
-        node = node.args[0]
-    return False
+            break
+        way.append(node.args[0])
+    return None

@@ -39,7 +39,7 @@ class SdpaRule:
 
 def exact(t: SiteTensors) -> torch.Tensor:
     """Compute the site's own attention, [B, H, L, Dv]."""
-    q, k, v = common_dtype(t.query(), t.key(), t.value())
+    q, k, v = common_dtype(t.query(), t.key(), t.attended())
     mask, is_causal = mask_arguments(t, q.dtype)
     out = attention(q, k, v, mask, is_causal=is_causal, scale=t.site.scores.alpha, enable_gqa=t.grouped)
     return empty_rows(t, out, q, k, v)

@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from attnrewrite.passes.attention.form import Attention, Reject
+from attnrewrite.kernels.strips import draw_seed
+from attnrewrite.kernels.visibility import accumulation_dtype
+from attnrewrite.passes.attention.form import NEGLIGIBLE, Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
+from attnrewrite.passes.graph.axes import same
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
 
@@ -22,33 +25,10 @@ class SelectiveRule:
 
     def check(self, site: Attention, request: Request) -> None:
         """Refuse (AR307) all but causal self-attention over whole sequences."""
-        facts = site.visibility.facts
-        if site.visibility.dense:
-            raise Reject(
-                "AR307", "selective attention needs a mask it understands; this one is custom", site.anchor, _NEAREST
-            )
-        if facts.offset is None:
-            if same_length(site):
-                raise Reject(
-                    "AR307",
-                    "selective attention is defined for causal attention; this one sees all keys",
-                    site.anchor,
-                    _NEAREST,
-                )
-            raise Reject(
-                "AR307",
-                "selective attention is defined for causal self-attention; here the queries and keys "
-                "are different sequences, or the queries continue a cache (use_cache=False)",
-                site.anchor,
-                _NEAREST,
-            )
-        if facts.offset != 0 or not same_length(site):
-            raise Reject(
-                "AR307",
-                "the queries continue a cache, whose earlier votes are not known; call the model with use_cache=False",
-                site.anchor,
-                _NEAREST,
-            )
+        if request.state:
+            _check_step(site, bounded="budget" in request.state)
+        else:
+            _check_whole(site)
         heads = site.sizes()["H"]
         head = int(request.config.get("selection_head", 0))
         if not isinstance(heads, int) or not 0 <= head < heads:
@@ -56,28 +36,25 @@ class SelectiveRule:
         check_terms(site)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
-        """Return the layer's ``gamma``, if it has one."""
-        return dict(request.parameters)
+        """Return the layer's ``gamma``, if it has one, and the votes in a cache."""
+        return {**request.parameters, **request.state}
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return selective attention with the request's options."""
-        from attnrewrite.kernels.selective.op import selective_attention  # defines an operator, which takes its time
+        # These define operators, which takes its time.
+        from attnrewrite.kernels.selective.op import selective_attention
+        from attnrewrite.kernels.selective.step import step
 
         head = int(request.config.get("selection_head", 0))
         protect = bool(request.config.get("protect_first", True))
 
         def selective(t: SiteTensors) -> torch.Tensor:
-            q, k, v = common_dtype(t.query(), t.key(), t.value())
-            padding, documents, bias = t.padding(), t.documents(), t.bias()
-            seen = padding if documents is None else documents if padding is None else padding & documents
-            mask = seen
-            if bias is not None:
-                mask = bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
             out = selective_attention(
                 q,
                 k,
                 v,
-                mask,
+                _mask(t, whole=True),
                 t.site.dropout,
                 is_causal=True,
                 scale=t.site.scores.alpha,
@@ -90,4 +67,96 @@ class SelectiveRule:
             )
             return empty_rows(t, out, q, k, v, forward=True)
 
-        return selective
+        def continued(t: SiteTensors) -> torch.Tensor:
+            q, k, v = common_dtype(t.query(), t.key(), t.value())
+            whole, bounded = same_length(t.site) and not t.site.visibility.dense, "budget" in t.extra
+            one = q.new_ones((), dtype=accumulation_dtype(q.dtype))
+            out, votes, protected = step(
+                q,
+                k,
+                v,
+                t.extra.get("gamma", one),
+                *(t.extra[name].clone() for name in ("votes", "protected")),  # backward needs them as they are now
+                _newest(t) if bounded and not whole else _mask(t, whole=whole),
+                t.extra.get("position"),
+                draw_seed(q, t.site.dropout),
+                t.extra.get("budget"),
+                t.site.scores.alpha,
+                t.site.dropout,
+                t.site.visibility.facts.window if whole else None,
+                t.site.scores.softcap,
+                head,
+                protect,
+            )
+            t.extra["votes"].copy_(votes)
+            t.extra["protected"].copy_(protected)
+            return out if bounded else empty_rows(t, out, q, k, v, forward=True)
+
+        return continued if request.state else selective
+
+
+def _mask(t: SiteTensors, *, whole: bool) -> torch.Tensor | None:
+    """Return the mask [B|1, H|1, L|1, S]: boolean, or a bias. Over a ``whole`` sequence, causality is a flag."""
+    bias = t.bias()
+    if whole:
+        padding, documents = t.padding(), t.documents()
+        seen = padding if documents is None else documents if padding is None else padding & documents
+    else:
+        seen = t.visible()
+        if bias is not None and not t.site.visibility.bias_is_small:  # it may be a mask that was made elsewhere
+            bias = bias.masked_fill(bias <= max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2), float("-inf"))
+    if bias is None:
+        return seen
+    return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+
+
+def _newest(t: SiteTensors) -> torch.Tensor | None:
+    """Return the mask [B|1, H|1, L|1, S] of the new keys. A bounded cache holds older ones in places of its own."""
+    seen = t.visible()
+    if seen is None:
+        return None
+    new = seen.expand(-1, -1, -1, t.width)[..., t.width - t.length :]
+    return torch.nn.functional.pad(new, (t.width - t.length, 0), value=True)
+
+
+def _check_step(site: Attention, *, bounded: bool) -> None:
+    """Refuse (AR307) new queries that see later keys, and what depends on the places of keys in a bounded cache."""
+    seen = site.visibility
+    if bounded and (seen.bias or seen.facts.window is not None):
+        what = "a window" if seen.facts.window is not None else "a bias"
+        raise Reject("AR307", f"{what} needs the places of keys, which a cache with budgets does not keep", site.anchor)
+    masked = seen.facts.offset is not None or seen.dense or not seen.bias_is_small
+    if not masked and not same(site.sizes()["L"], 1):
+        detail = "selective attention is defined for causal attention; here new queries see all keys"
+        raise Reject("AR307", detail, site.anchor, _NEAREST)
+
+
+def _check_whole(site: Attention) -> None:
+    facts = site.visibility.facts
+    if site.visibility.dense:
+        raise Reject(
+            "AR307", "selective attention needs a mask it understands; this one is custom", site.anchor, _NEAREST
+        )
+    if facts.offset is None:
+        if same_length(site):
+            raise Reject(
+                "AR307",
+                "selective attention is defined for causal attention; this one sees all keys",
+                site.anchor,
+                _NEAREST,
+            )
+        raise Reject(
+            "AR307",
+            "selective attention is defined for causal self-attention; here the queries and keys "
+            "are different sequences, or the queries continue a cache that does not hold their votes",
+            site.anchor,
+            _NEAREST,
+        )
+    if facts.offset != 0 or not same_length(site):
+        raise Reject(
+            "AR307",
+            "the queries continue a cache that does not hold earlier votes; convert() a model of transformers, or call "
+            "it with use_cache=False",
+            site.anchor,
+            _NEAREST,
+        )

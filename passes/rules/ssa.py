@@ -11,7 +11,7 @@ from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.rules.projection import query_projection
+from attnrewrite.passes.rules.projection import projection
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
 
 
@@ -31,11 +31,11 @@ class SSARule:
                 f"the gates are for {tuple(gate.meta['val'].shape)}, the site has {(heads, width)}",
                 site.anchor,
             )
-        query_projection(site)
+        projection(site, "query")
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
         """Return the layer's gates and gains, and the query's raw projection."""
-        return {**request.parameters, "projection": query_projection(site).node}
+        return {**request.parameters, "projection": projection(site, "query").node}
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return SSA with the request's options."""
@@ -46,13 +46,13 @@ class SSARule:
             return torch.sigmoid(value) if sigmoid else value
 
         def ssa(t: SiteTensors) -> torch.Tensor:
-            q, k, v = common_dtype(t.query(), t.key(), t.value())
-            projection = query_projection(t.site)
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
+            source = projection(t.site, "query")
             raw = t.extra["projection"]
-            raw = t.arranged(raw, projection.layout, t.site.query_layout)
+            raw = t.arranged(raw, source.layout, t.site.query_layout)
             q_index, v_index = positions(t)
             tau_q = temperature(raw, t.extra["q_gate"], gain(t.extra["q_gain"]), q_index)
-            tau_v = temperature(v, t.extra["v_gate"], gain(t.extra["v_gain"]), v_index)
+            tau_v = temperature(t.value(), t.extra["v_gate"], gain(t.extra["v_gain"]), v_index)
             mask, is_causal = mask_arguments(t, q.dtype)
             return ssa_attention(
                 q,

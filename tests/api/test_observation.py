@@ -7,7 +7,7 @@ import tiny
 import torch
 
 from attnrewrite import SelectiveConfig, convert
-from attnrewrite.observation import Observed, observe
+from attnrewrite.observation import Observed, outputs_observed
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.sdpa import exact
 
@@ -25,7 +25,7 @@ def test_every_attention_of_every_batch_is_seen_and_nothing_is_changed() -> None
         seen.append((at.site.layer, at.tensors.query().shape[2]))
 
     model.train()
-    observe(model, batches, see)
+    assert [out.logits.shape[1] for out in outputs_observed(model, batches, see)] == [9, 12, 1]
     layers = [f"model.layers.{n}.self_attn" for n in range(2)]
     assert seen == [(layer, n) for n in (9, 12, 1) for layer in layers]
     assert model.training
@@ -39,7 +39,7 @@ def test_a_converted_model_is_observed_as_it_was(as_mapping: bool) -> None:
     batches = [{"input_ids": ids} if as_mapping else (ids,)]
     model = tiny.llama()
     queries: list[torch.Tensor] = []
-    observe(model, batches, lambda at: queries.append(at.tensors.query()))
+    plain = [out.logits for out in outputs_observed(model, batches, lambda at: queries.append(at.tensors.query()))]
 
     convert(model, SelectiveConfig(), example_inputs=(ids,))
     for parameter in (p for name, p in model.named_parameters() if name.endswith("gamma")):
@@ -51,7 +51,10 @@ def test_a_converted_model_is_observed_as_it_was(as_mapping: bool) -> None:
         again.append(at.tensors.query())
         ours.append(RULES[at.request.variant].function(at.request)(at.tensors) - exact(at.tensors))
 
-    observe(model, batches, see)
+    assert all(map(torch.equal, plain, [out.logits for out in outputs_observed(model, batches, see)]))
     assert all(map(torch.equal, queries, again))
     assert all(float(x.abs().max()) > 1e-5 for x in ours)
-    assert model(ids).logits.isfinite().all()
+
+    (found,) = outputs_observed(model, batches, lambda at: None, converted=True)
+    assert torch.equal(found.logits, model(ids).logits)
+    assert not torch.equal(found.logits, plain[0])

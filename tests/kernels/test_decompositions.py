@@ -87,7 +87,7 @@ def _routing(draw: Drawn, qkv: tuple[Tensor, ...], mask: Any, causal: bool, wind
         centers = (draw(groups, D), None if shared else draw(groups, D))
         logits = "normed" if w == 3 else "raw"
         options = (rule, w, shared, logits, causal, None, window, True)
-        found.append((q, k, v, draw(groups, 3, D), mask, *centers, None, None, *options))
+        found.append((q, k, v, draw(groups, 3, D), mask, *centers, None, None, None, *options))
     return found
 
 
@@ -184,8 +184,8 @@ ONE = {
     "attnrewrite.ssa_attention.default": [(None, 0.5, 0.0, True, None, None)],
     "attnrewrite.symmetric_attention.default": [(None, 0.5, 0.0, False, None, None, True)],
     "attnrewrite.routing_attention.default": [
-        (None, None, None, None, "argmax_window", 3, False, "raw", True, None, None, False),
-        (None, None, None, None, "topw", None, False, "normed", False, None, None, False),
+        (None, None, None, None, None, "argmax_window", 3, False, "raw", True, None, None, False),
+        (None, None, None, None, None, "topw", None, False, "normed", False, None, None, False),
     ],
     "attnrewrite.sea_attention.default": [
         (True, None, None, 2, "exact", "causal_per_batch", None, None),

@@ -32,6 +32,8 @@ def cases(draw):
         budget=draw(st.integers(1, 13)),
         rule=draw(st.sampled_from(["exact", "paper"])),
         grouping=draw(st.sampled_from(["causal_per_batch", "per_query"])),
+        padding=draw(st.sampled_from([None, torch.arange(12) > 1])),
+        pooling=draw(st.sampled_from(["width", "paper"])),
         seed=draw(st.integers(0, 2**16)),
     )
 
@@ -56,10 +58,13 @@ def as_operator(query, key, value, estimated, mask, scale_prob, mix, **options):
         "budget": 3,
         "rule": "exact",
         "grouping": "causal_per_batch",
+        "padding": None,
+        "pooling": "width",
     } | options
     return (
         *(query, key, value, estimated, mask, options["is_causal"], None, options["window"]),
         *(options["budget"], options["rule"], options["grouping"], scale_prob, mix),
+        *(options["padding"], options["pooling"]),
     )
 
 
@@ -91,7 +96,10 @@ class TestGradients:
     @given(case=cases())
     def test_closed_form_equals_autograd(self, case):
         inputs = inputs_of(case.L, case.M, case.mask, case.seed, case.factors)
-        options = {name: getattr(case, name) for name in ("is_causal", "window", "budget", "rule", "grouping")}
+        options = {
+            name: getattr(case, name) for name in ("is_causal", "window", "budget", "rule", "grouping", "pooling")
+        }
+        options["padding"] = None if case.padding is None else case.padding[None, : case.L]
         ours = operator(*as_operator(*inputs, **options))
         reference = as_reference(*inputs, **options)
         assert torch.equal(ours, reference)
@@ -188,8 +196,8 @@ class TestOperator:
         ("mask", "options"),
         [
             (None, {}),
-            ("padding", {"is_causal": False, "grouping": "per_query"}),
-            ("bias", {"window": 4, "rule": "paper"}),
+            ("padding", {"is_causal": False, "grouping": "per_query", "pooling": "paper"}),
+            ("bias", {"window": 4, "rule": "paper", "padding": torch.arange(9)[None] > 1}),
         ],
         ids=["causal", "full", "window"],
     )
@@ -286,6 +294,10 @@ class TestBadArguments:
             ({"mix": torch.ones(1, 4, 6, 8)}, ("1 x 4 x 6 x 8", "1 x 4 x 6")),
             ({"mix": torch.ones(6, dtype=torch.long)}, ("int64", "float")),
             ({"dropout_p": 1.5}, ("1.5",)),
+            ({"pooling": "code"}, ("'code'", "'width' or 'paper'")),
+            ({"padding": torch.ones(1, 6)}, ("1 x 6", "bool")),
+            ({"padding": torch.ones(6, dtype=torch.bool)}, ("6 of", "B x L")),
+            ({"padding": torch.ones(1, 5, dtype=torch.bool)}, ("1 x 5", "1 x 6")),
         ],
     )
     def test_say_both_sides(self, change, says):

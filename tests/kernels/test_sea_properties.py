@@ -155,6 +155,16 @@ class TestVisibility:
                 torch.testing.assert_close(grad[:, :, real], other, **CLOSE)
 
     @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+    def test_padding_beside_a_bias(self, is_causal):
+        tensors = draw_tensors(2, 4, 2, 12, 4, 5)
+        bias = torch.randn(4, 12, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        real = torch.arange(12)[None] >= 3
+        out = run(tensors, attn_mask=bias, padding=real, is_causal=is_causal)
+        assert (out[:, :, :3] == 0).all()
+        alone = run(cut(tensors, slice(3, None)), attn_mask=bias[:, 3:, 3:], is_causal=is_causal)
+        torch.testing.assert_close(out[:, :, 3:], alone, **CLOSE)
+
+    @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
     def test_garbage_at_padding_stays_there(self, is_causal):
         tensors = draw_tensors(1, 2, 2, 12, 4, 5)
         mask = torch.arange(12) >= 4

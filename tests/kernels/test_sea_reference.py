@@ -213,16 +213,19 @@ class TestExactCases:
         assert torch.equal(run(worked, mix=torch.ones(()).double(), scale_prob=None), sparse)
 
     @pytest.mark.parametrize("L", [3, 11, 16])
-    def test_pooled_value_without_a_causal_mask(self, L):
+    @pytest.mark.parametrize("pooling", ["width", "paper"])
+    def test_pooled_value_without_a_causal_mask(self, L, pooling):
         M = 4
         *tensors, estimated, _, _ = draw_tensors(1, 2, 2, L, 4, M)
-        out = sea_attention(*tensors, estimated, budget=2, mix=torch.zeros(1, 2, 1).double())
+        out = sea_attention(*tensors, estimated, budget=2, mix=torch.zeros(1, 2, 1).double(), pooling=pooling)
         mean = estimated.softmax(-1).mean(2)[0]  # [H, M]
         edges = boundaries(torch.tensor(L), M)
         for h in range(2):
             weights = torch.zeros(L).double()
             for m in range(M):
-                weights[edges[m] : edges[m + 1]] = mean[h, m] / max(edges[m + 1] - edges[m], 1)
-            pooled = weights / weights.sum() @ tensors[2][0, h]
+                width = max(edges[m + 1] - edges[m], 1) if pooling == "width" else 1
+                weights[edges[m] : edges[m + 1]] = mean[h, m] / width
+            weights = weights / weights.sum() if pooling == "width" else weights
+            pooled = weights @ tensors[2][0, h]
             torch.testing.assert_close(out[0, h], pooled.expand(L, -1), **CLOSE)
-        assert L < M or weights.sum().item() == pytest.approx(1, rel=1e-14)
+        assert L < M or pooling == "paper" or weights.sum().item() == pytest.approx(1, rel=1e-14)

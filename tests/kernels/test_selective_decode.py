@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from attnrewrite.functional import SelectionState, selective_attention, selective_decode
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.diagnostics import LoweringError
+from attnrewrite.kernels.selective.step import step
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 
@@ -22,10 +23,10 @@ def stepwise(query, key, value, cuts, mask=None, **options):
     state, out, start = None, [], 0
     for stop in (*cuts, query.shape[2]):
         part = None if mask is None else mask[:, :, start:stop, :stop]
-        step, state = selective_decode(
+        piece, state = selective_decode(
             query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], state, part, enable_gqa=True, **options
         )
-        out.append(step)
+        out.append(piece)
         start = stop
     return torch.cat(out, 2), state
 
@@ -109,3 +110,66 @@ def test_bad_arguments(rows, keys, state, said):
     with pytest.raises(LoweringError, match=said) as failure:
         selective_decode(query[:, :, rows], key[:, :, :keys], value[:, :, :keys], held)
     assert failure.value.code == "AR402"
+
+
+def test_a_cache_of_fixed_size_gives_the_same():
+    """Keys behind the newest are there and hidden; where the queries stand is a number in a tensor."""
+    query, key, value = draw(2, 2, 2, 9)
+    options = (torch.tensor(1.0), torch.zeros(2, 12), torch.zeros(2, 12, dtype=torch.bool))
+    room = [torch.cat((x, torch.full((2, 2, 3, 4), 7.0)), 2) for x in (key, value)]
+    seen = torch.arange(12) <= torch.arange(9)[:, None]
+    gamma, votes, protected = options
+    found = []
+    for start, stop in ((0, 5), (5, 6), (6, 9)):
+        out, votes, protected = step(
+            query[:, :, start:stop],
+            *room,
+            gamma,
+            votes,
+            protected,
+            seen[start:stop],
+            torch.tensor(start),
+            None,
+            None,
+            0.5,
+            0.0,
+            None,
+            None,
+            0,
+            True,
+        )
+        found.append(out)
+    whole, state = selective_decode(query, key, value)
+    torch.testing.assert_close(torch.cat(found, 2), whole, **CLOSE)
+    torch.testing.assert_close(votes[:, :9], state.votes, **CLOSE)
+    assert torch.equal(protected[:, :9], state.protected) and not votes[:, 9:].any()
+
+
+@pytest.mark.parametrize("budget", [30, 1 << 22])
+def test_gradients_through_the_votes_of_earlier_steps(budget, monkeypatch):
+    """Step by step, with the gradient through the state, the gradients are those of the whole, and of differences."""
+    monkeypatch.setattr(strips, "BUDGET", budget)
+    given_ = [x.requires_grad_() for x in draw(1, 2, 1, 7)]
+    gamma = torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(1, 2, 7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    steps, _ = stepwise(*given_, (3, 4), gamma=gamma, softcap=3.0)
+    whole = selective_attention(*given_, enable_gqa=True, gamma=gamma, softcap=3.0)
+    for a, b in zip(*(torch.autograd.grad(x, (*given_, gamma), upstream) for x in (steps, whole)), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+    def votes(*tensors):
+        return stepwise(*tensors, (3,))[1].votes
+
+    assert torch.autograd.gradcheck(votes, tuple(given_))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_torchs_own_checks(bias):
+    query, key, value = (x.requires_grad_() for x in draw(2, 2, 1, 6))
+    votes = torch.rand(2, 6, dtype=torch.float64).index_fill(1, torch.tensor([4, 5]), 0.0).requires_grad_()
+    mask = torch.randn(1, 2, 2, 6, dtype=torch.float64, requires_grad=True) if bias else None
+    gamma = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    tensors = (query[:, :, 4:].detach().requires_grad_(), key, value, gamma, votes, torch.zeros(2, 6, dtype=torch.bool))
+    torch.library.opcheck(
+        torch.ops.attnrewrite.selective_decode.default, (*tensors, mask, None, None, None, 0.5, 0.0, None, 2.0, 1, True)
+    )

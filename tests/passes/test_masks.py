@@ -98,8 +98,11 @@ def test_two_masks_add_up() -> None:
     assert site_of(Masked(mask), X).mask.kind == "window"
 
 
-def test_a_bias_beside_a_mask_is_told_apart() -> None:
+@pytest.mark.parametrize("how", ["added", "filled"])
+def test_a_bias_beside_a_mask_is_told_apart(how: str) -> None:
     def mask(m: Masked, x: Tensor, bias: Tensor) -> Tensor:
+        if how == "filled":
+            return bias.masked_fill(torch.ones(T, T).triu(1) > 0, -math.inf)
         return bias + torch.full((T, T), -math.inf).triu(1)
 
     site = site_of(Masked(mask), X, torch.randn(T, T))
@@ -126,6 +129,22 @@ def test_packed_documents_are_causal_whatever_the_data() -> None:
         steps = torch.where(starts, torch.randint(-4, 9, (2, T), generator=generator), 1)
         anything = steps.cumsum(-1)
         assert not (packed(anything) & (j > i)).any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_numbers_under_a_causal_mask_are_documents(causal: bool) -> None:
+    """Numbers of documents, however they are written; without a causal mask they stay a custom one."""
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0, 5, 5]] * 2)
+
+    def hidden(m: Masked, x: Tensor, n: Tensor) -> Tensor:
+        same = n[:, :, None] == n[:, None, :]
+        i = torch.arange(x.shape[1])
+        return ~(same & (i[None, :] <= i[:, None])) if causal else ~same
+
+    site = site_of(Masked(hidden, fill=True), X, numbers)
+    assert site.mask.kind == ("causal+documents" if causal else "custom")
+    heads = site_of(Masked(lambda m, x, n: ~(n.float()[:, :, None] == n.float()[:, None, :]), fill=True), X, numbers)
+    assert heads.mask.kind == "custom"
 
 
 def test_order_alone_is_not_taken_for_causal() -> None:

@@ -27,15 +27,15 @@ def run(size: Size, tick: Tick) -> Result:
     heads, width, whole = size["heads"], size["width"], size["length"]
     result = Result(notes=[NOTE])
 
-    def peak(name: str, length: int) -> float:
-        return float(python("-m", "suite.peak", name, str(heads), str(length), str(width)))
+    def peak(form: str, name: str, length: int) -> float:
+        return float(python("-m", "suite.peak", form, name, str(heads), str(length), str(width)))
 
     case = f"selective, N = {whole}, H = {heads}, D = {width}"
     floor = 4 * 4 * heads * whole * width
     tick(case, 0, 2)
-    dense = peak("selective, dense", whole)
+    dense = peak("dense", "selective", whole)
     tick(case, 1, 2)
-    ours = peak("selective", whole)
+    ours = peak("ours", "selective", whole)
     for name, taken in ((DENSE, dense), (OURS, ours)):
         result.figures.append(Figure(case, name, "peak beyond inputs", "GiB", [taken / GIB], floor / GIB))
     ratio = Figure(case, f"{DENSE} / {OURS}", "peak beyond inputs", "x", [dense / ours], goal=Goal(">=", 8.0))
@@ -43,7 +43,7 @@ def run(size: Size, tick: Tick) -> Result:
     lengths = size["lengths"]
     for turn, (name, limit) in enumerate(GROWING.items()):
         tick(f"growth of {name}", turn, len(GROWING))
-        taken = [peak(name, length) for length in lengths]
+        taken = [peak("ours", name, length) for length in lengths]
         case = f"{name}, N = {lengths[0]} to {lengths[-1]}"
         result.figures.append(Figure(case, OURS, "peak at the longest", "GiB", [taken[-1] / GIB]))
         slope = Figure(case, OURS, "exponent of growth", "1", [_slope(lengths, taken)], goal=Goal("<=", limit))

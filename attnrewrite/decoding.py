@@ -1,0 +1,40 @@
+"""How a converted layer reaches the state that it keeps in a key-value cache, and lets the cache settle afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from attnrewrite.kernels.diagnostics import error
+
+
+def state_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: str) -> Any:
+    """Return the layer of the cache in a call of ``module`` that holds its state; None where there is no cache.
+
+    An empty ordinary layer of the cache is replaced by one that holds state. Raises VariantError AR323 for a cache
+    that cannot hold it, or that holds keys without it.
+    """
+    for value in (*args, *kwargs.values()):
+        cache = getattr(value, "self_attention_cache", value)  # of an encoder-decoder's pair
+        if hasattr(cache, "get_mask_sizes"):  # what only transformers' caches have
+            return _adopted(cache, module.layer_idx, layer)
+    return None
+
+
+def _adopted(cache: Any, index: Any, layer: str) -> Any:
+    from attnrewrite.inference.layers import KINDS, StateLayer
+
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    held = cache.layers[index]
+    if isinstance(held, StateLayer):
+        return held
+    if type(held) not in KINDS:
+        kinds = ", ".join(kind.__name__ for kind in KINDS)
+        raise error("AR323", f"a {type(held).__name__} is no {kinds}", layer=layer)
+    if held.is_initialized:
+        raise error("AR323", "the cache holds keys of a model that did not keep the state of this one", layer=layer)
+    cache.layers[index] = KINDS[type(held)].like(held)
+    return cache.layers[index]

@@ -1,0 +1,4 @@
+"""Generation with a key-value cache that holds more than keys and values. Needs transformers."""
+
+from attnrewrite.inference.cache import SelectiveCache as SelectiveCache
+from attnrewrite.inference.search import search_budgets as search_budgets

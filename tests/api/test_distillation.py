@@ -1,0 +1,142 @@
+"""Distillation: what a conversion added learns from the model itself, layer by layer, and nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, Family, build
+from torch import nn
+
+import attnrewrite
+from attnrewrite import AttnRewriteError, SEAConfig, SelectiveConfig
+from attnrewrite.conversion import new_parameters
+from attnrewrite.observation import observe
+from attnrewrite.passes.rules.sea import estimate
+
+BY_NAME = {family.name: family for family in FAMILIES}
+LLAMA, BERT = BY_NAME["llama"], BY_NAME["bert"]
+SMALL = SEAConfig(slices=8, budget=3, max_length=32)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def teacher(family: Family) -> nn.Module:
+    """A model whose attention is far from even: its queries are 30 times as long."""
+    model = build(family, "sdpa")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "query" in name:
+                parameter.mul_(30)
+    return model
+
+
+@pytest.mark.parametrize("family", [LLAMA, BERT], ids=lambda family: family.name)
+def test_distillation_lowers_the_loss_of_every_layer_and_trains_the_estimator_alone(family: Family) -> None:
+    model = teacher(family)
+    batches = [{**family.inputs(), "input_ids": torch.randint(3, 64, (4, 12))} for _ in range(2)]
+    attnrewrite.convert(model, SMALL, example_kwargs=batches[0])
+    new = {name for name, _ in new_parameters(model)}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    told: list[tuple[int, float]] = []
+    record = attnrewrite.distill(model, batches, steps=30, lr=1e-2, progress=lambda *now: told.append(now))
+    assert record.steps == len(told) == 30
+    assert list(record.before) == list(record.after) == list(family.layers)
+    assert all(record.after[layer] < 0.9 * record.before[layer] for layer in family.layers)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved == {name for name in new if ".scales." not in name}
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_the_loss_is_that_of_the_definition() -> None:
+    """At the start it equals 0.1 KL + MSE between the teacher's matrix and the estimate's, written out."""
+    model = teacher(LLAMA).double()
+    inputs = LLAMA.inputs()
+    attnrewrite.convert(model, SMALL, example_kwargs=inputs)
+    model.double()
+    expected: dict[str, float] = {}
+
+    def see(at: Any) -> None:
+        t, M, n = at.tensors, SMALL.slices, 12
+        k = t.key().repeat_interleave(2, 1)
+        seen = torch.ones(n, n).tril().bool()
+        A = (t.query() @ k.mT * t.site.scores.alpha).masked_fill(~seen, -torch.inf).softmax(-1)
+        z = estimate(t, at.request.config).estimated
+        column = torch.zeros(n, n, dtype=torch.long)
+        for i in range(n):
+            edges = [(2 * m * (i + 1) + M) // (2 * M) for m in range(M + 1)]
+            column[i] = torch.tensor([max(m for m in range(M) if edges[m] <= min(j, i)) for j in range(n)])
+        own = z.gather(-1, column.expand(*z.shape[:2], n, n)).masked_fill(~seen, -torch.inf)
+        student = own.softmax(-1)
+        kl = torch.where(seen, A * (A.clamp(min=1e-300).log() - own.log_softmax(-1)), 0.0).sum(-1).mean()
+        expected[at.site.layer] = float(0.1 * kl + (student - A).square().mean())
+
+    observe(model, [inputs], see)
+    record = attnrewrite.distill(model, [inputs], steps=1)
+    assert record.before == pytest.approx(expected, rel=1e-9)
+
+
+def test_distillation_stops_where_it_is_told_to_and_survives_an_interruption() -> None:
+    model = teacher(LLAMA)
+    batch = LLAMA.inputs()
+    attnrewrite.convert(model, SMALL, example_kwargs=batch)
+    record = attnrewrite.distill(model, [batch], steps=50, progress=lambda step, loss: step < 3)
+    assert record.steps == 3
+
+    def interrupt(step: int, loss: float) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attnrewrite.distill(model, [batch], steps=50, progress=interrupt)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model(**batch)[0].isfinite().all()
+
+
+def test_other_variants_learn_the_output_of_their_layer() -> None:
+    """Selective attention with a factor that is wrong moves it towards 0, where nothing is voted out."""
+    model = teacher(LLAMA)
+    attnrewrite.convert(model, SelectiveConfig(), example_kwargs=LLAMA.inputs())
+    gammas = [p for _, p in new_parameters(model)]
+    for gamma in gammas:
+        nn.init.constant_(gamma, 0.5)
+    record = attnrewrite.distill(model, [LLAMA.inputs()], steps=10, lr=2e-2, weight_decay=0.0)
+    assert all(record.after[layer] < record.before[layer] for layer in LLAMA.layers)
+    assert all(float(gamma) < 0.45 for gamma in gammas)
+
+
+def test_what_cannot_be_distilled_is_named() -> None:
+    model, batch = build(LLAMA, "sdpa"), LLAMA.inputs()
+    with pytest.raises(AttnRewriteError, match="AR310"):
+        attnrewrite.distill(model, [batch], steps=1)
+    attnrewrite.convert(model, SelectiveConfig(mode="raw"), example_kwargs=batch)
+    with pytest.raises(AttnRewriteError, match=r"AR102[^$]*0 parameters to train"):
+        attnrewrite.distill(model, [batch], steps=1)
+    attnrewrite.restore(model)
+    attnrewrite.convert(model, SMALL, example_kwargs=batch)
+    for batches, steps in (([], 1), ([batch], 0)):
+        with pytest.raises(AttnRewriteError, match="AR102"):
+            attnrewrite.distill(model, batches, steps=steps)
+
+
+def test_the_command_trains_a_saved_conversion(folder: str, run_json: Any, run: Any, tmp_path: Path) -> None:
+    start, out, text = tmp_path / "sea", tmp_path / "trained", tmp_path / "text.txt"
+    text.write_text("The one who waits looks at the time, and the one who attends looks at the lamp. " * 3)
+    settings = ("--set", "slices=8", "--set", "budget=4", "--set", "max_length=64")
+    assert run("convert", folder, start, "--variant", "sea", *settings)[0] == 0
+    words = ("distill", start, out, "--text", text, "--steps", 12, "--lr", 0.01, "--seq-len", 32)
+    code, data = run_json(*words)
+    assert (code, data["steps"], len(data["before"])) == (0, 12, 2)
+    assert all(data["after"][layer] < loss for layer, loss in data["before"].items())
+    loaded, before = attnrewrite.load_pretrained(out), attnrewrite.load_pretrained(start)
+    added = {name for name, _ in new_parameters(loaded)}
+    for (name, value), other in zip(loaded.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.equal(value, other) == (name not in added or ".scales." in name), name
+    assert (run_json(*words)[1]["error"]["code"], run(*words, "--overwrite")[0]) == ("AR601", 0)
+    code, data = run_json("distill", folder, tmp_path / "no")
+    assert (code, data["error"]["code"]) == (1, "AR310")

@@ -1,0 +1,576 @@
+"""Symmetric and pairwise attention in whole models: conversion, what is removed, decoding, saving, refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, build
+from safetensors.torch import load_file, save_file
+from spellings import WIDTH, MultiheadAttention, NanoGPT
+from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM
+
+import attnrewrite
+from attnrewrite import AttnRewriteError, AttnRewriteWarning, SelectiveConfig, SymmetricConfig
+from attnrewrite.conversion import conversion_of, new_parameters
+from attnrewrite.saving import CONFIG, WEIGHTS, save_conversion
+
+BY_NAME = {family.name: family for family in FAMILIES}
+ALL = SymmetricConfig(max_error=1.0)
+SYMMETRIC = SymmetricConfig("symmetric", max_error=1.0)
+X = torch.randn(2, 13, WIDTH, generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.filterwarnings("ignore:AR320")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def model_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    if name == "llama with as many keys":
+        return tiny.llama(num_key_value_heads=4), BY_NAME["llama"].inputs()
+    return build(BY_NAME[name], BY_NAME[name].implementations[-1]), BY_NAME[name].inputs()
+
+
+def projections(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """Yield the query and key projections that are modules of their own."""
+    for module in model.modules():
+        for q, k in (("q_proj", "k_proj"), ("query", "key")):
+            if hasattr(module, q) and hasattr(module, k):
+                yield getattr(module, q), getattr(module, k)
+
+
+@torch.no_grad()
+def with_keys_as_queries(model: nn.Module) -> nn.Module:
+    """Give every head the weights of its queries as those of its keys."""
+    for query, key in projections(model):
+        key.load_state_dict(query.state_dict())
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if name.endswith("bias") else None
+        if "c_attn" in name:  # columns of queries, keys and values
+            q, k, _ = parameter.chunk(3, -1)
+            k.copy_(q)
+        if "query_key_value" in name:  # rows of queries, keys and values, head by head
+            q, k, _ = parameter.unflatten(0, (4, 3, 8)).unbind(1)
+            k.copy_(q)
+    for query, key in projections(model):
+        key.load_state_dict(query.state_dict())
+    return model
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "gpt_neox", "llama with as many keys"])
+def test_a_model_whose_keys_are_its_queries_stays_the_same_function(name: str) -> None:
+    model, inputs = model_of(name)
+    model = with_keys_as_queries(model.double())
+    expected = model(**inputs)[0].detach()
+    attnrewrite.convert(model, SymmetricConfig("symmetric"), example_kwargs=inputs)
+    errors = attnrewrite.fit_errors(model)
+    assert list(errors) == list(BY_NAME[name.split()[0]].layers)
+    assert max(x for found in errors.values() for x in found["frobenius"] or []) < 1e-12
+    torch.testing.assert_close(model(**inputs)[0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_pairwise_with_an_invertible_key_projection_is_any_head() -> None:
+    """Square key projections, with rotary embedding and several query heads to one key head."""
+    model = tiny.llama(num_key_value_heads=1, head_dim=32).double()
+    ids = torch.randint(tiny.VOCABULARY, (2, 11))
+    with torch.no_grad():
+        for _, key in projections(model):
+            key.weight.copy_(torch.eye(32) + 0.1 * torch.randn(32, 32))
+    expected = model(ids).logits.detach()
+    attnrewrite.convert(model, SymmetricConfig(), example_inputs=(ids,))
+    assert max(x for found in attnrewrite.fit_errors(model).values() for x in found["frobenius"] or []) < 1e-12
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-9, atol=1e-11)
+
+
+# --- what is removed --------------------------------------------------------------------------------------
+
+
+SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "form", "wanted"),
+    [
+        ({}, None, 109_514_298),
+        ({}, "pairwise", 103_017_018),
+        ({}, "symmetric", 102_427_194),
+        (SMALL, None, 28_795_194),
+        (SMALL, "pairwise", 27_875_642),
+        (SMALL, "symmetric", 27_744_570),
+    ],
+)
+def test_parameters_of_the_papers_models(sizes: dict[str, int], form: str | None, wanted: int) -> None:
+    """The counts of the authors' published models: BERT with the head of masked language modelling."""
+    with torch.device("meta"):
+        model = BertForMaskedLM(BertConfig(**sizes))
+    H = model.config.num_attention_heads
+    for n in range(model.config.num_hidden_layers if form else 0):
+        layer = f"bert.encoder.layer.{n}.attention.self"
+        details = {"query": f"{layer}.query", "key": f"{layer}.key", "heads": H, "kv_heads": H, "head_dim": 64}
+        details |= {"form": "full" if form == "pairwise" else None, "new_key": True, "bias": True}
+        details |= {"rows": False, "order": False}
+        for path, module in SymmetricConfig().swapped_modules(model, details).items():
+            model.set_submodule(path, module)
+    assert sum(p.numel() for p in model.parameters()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "gone"),
+    [
+        ("bert", SYMMETRIC, 2 * (32 * 32 + 32)),
+        ("bert", ALL, 2 * (32 * 32 + 32 - 4 * 8 * 8)),
+        ("bert", SymmetricConfig(max_error=1.0, pair_form="diag"), 2 * (32 * 32 + 32 - 4 * 8)),
+        ("gpt2", SYMMETRIC, 2 * (32 * 32 + 32)),
+        ("gpt_neox", ALL, 2 * (32 * 32 + 32 - 4 * 8 * 8)),
+        ("llama", ALL, 2 * (32 * 32 - 4 * 8 * 8)),
+    ],
+    ids=str,
+)
+def test_removed_weights_are_gone_everywhere_until_restored(
+    tmp_path: Path, name: str, config: SymmetricConfig, gone: int
+) -> None:
+    model, inputs = model_of(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    names, expected = [n for n, _ in model.named_parameters()], model(**inputs)[0].detach()
+    total = sum(p.numel() for p in model.parameters())
+    attnrewrite.convert(model, config, example_kwargs=inputs)
+    left = dict(model.named_parameters())
+    assert sum(p.numel() for p in left.values()) == total - gone
+    kept = {id(p): p.numel() for p in model.state_dict(keep_vars=True).values() if isinstance(p, nn.Parameter)}
+    assert sum(kept.values()) == total - gone
+    folder = attnrewrite.save_pretrained(model, tmp_path / "out")
+    files = [load_file(folder / file) for file in ("model.safetensors", WEIGHTS)]
+    saved = {key: value for file in files for key, value in file.items() if value.is_floating_point()}
+    assert sum(value.numel() for value in saved.values()) == total - gone
+    assert {n for n, _ in new_parameters(model)} == {n for n in left if n in files[1]}
+    attnrewrite.restore(model)
+    assert [n for n, _ in model.named_parameters()] == names
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+def test_a_model_that_was_moved_is_restored_where_it_is() -> None:
+    model, inputs = model_of("bert")
+    attnrewrite.convert(model, ALL, example_kwargs=inputs)
+    attnrewrite.restore(model.double())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert model(**inputs)[0].dtype == torch.float64
+
+
+# --- decoding, padding, training --------------------------------------------------------------------------
+
+
+def conversions() -> list[Any]:
+    cases = [("llama", ALL), ("llama with as many keys", SYMMETRIC), ("gpt2", SYMMETRIC), ("gpt2", ALL)]
+    cases += [("llama", SymmetricConfig(max_error=1.0, mask_self=True))]
+    return [pytest.param(name, config, id=f"{name}-{config.form}-{config.mask_self}") for name, config in cases]
+
+
+@pytest.mark.parametrize(("name", "config"), conversions())
+def test_decoding_with_a_cache_equals_the_whole_pass(name: str, config: SymmetricConfig) -> None:
+    model, inputs = model_of(name)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    ids = inputs["input_ids"]
+    attnrewrite.convert(model, config, example_inputs=(ids,))
+    with torch.no_grad():
+        for _, parameter in new_parameters(model):
+            parameter.mul_(8.0)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    how = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    cached, whole = (model.generate(ids, attention_mask=mask, use_cache=use, **how) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    for a, b in zip(cached.logits, whole.logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [ALL, SYMMETRIC], ids=str)
+def test_only_distances_count_and_padding_does_not(config: SymmetricConfig) -> None:
+    """S stands before the rotation: a sequence behind padding, at later positions, gives what it gives alone.
+
+    Up to the rotation's tables, which are float32.
+    """
+    model = tiny.llama(num_key_value_heads=4).double()
+    ids = torch.randint(tiny.VOCABULARY, (2, 9))
+    attnrewrite.convert(model, config, example_inputs=(ids,))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6.0) if parameter.dim() > 1 else None
+    padded = torch.cat([torch.zeros(2, 4, dtype=torch.int64), ids], 1)
+    mask = torch.cat([torch.zeros(2, 4), torch.ones(2, 9)], 1).long()
+    positions = torch.arange(13).expand(2, -1)
+    behind = model(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+    alone = model(ids).logits
+    spread = alone.std()
+    torch.testing.assert_close(behind / spread, alone / spread, rtol=1e-5, atol=1e-5)
+    swapped = model(ids[:, [1, 0, *range(2, 9)]]).logits[:, 2:]
+    assert float((swapped - alone[:, 2:]).abs().max() / spread) > 1e-2
+
+
+def test_a_training_step_compiled_whole_reaches_shared_and_pair_weights() -> None:
+    model, inputs = model_of("llama")
+    ids = inputs["input_ids"]
+    attnrewrite.convert(model, ALL, example_inputs=(ids,))
+    by_name = dict(model.named_parameters())
+    watched = ["model.layers.0.self_attn.q_proj.pair", "model.layers.0.self_attn.k_proj.weight"]
+    start = {name: by_name[name].detach().clone() for name in watched}
+
+    def loss() -> Tensor:
+        logits = model(ids, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    first = loss()
+    eager = torch.autograd.grad(first, [by_name[name] for name in watched])
+    model.compile(backend="attnrewrite")
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    compiled = loss()
+    compiled.backward()
+    torch.testing.assert_close(compiled, first, rtol=1e-5, atol=1e-6)
+    for name, gradient in zip(watched, eager, strict=True):
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(by_name[name].grad, gradient, rtol=1e-3, atol=1e-6)
+    optimizer.step()
+    assert float(loss().detach()) < float(first.detach())
+    assert not any(torch.equal(by_name[name], start[name]) for name in watched)
+
+
+def test_a_copy_has_its_own_weights_and_one_shared_projection() -> None:
+    model, inputs = model_of("bert")
+    attnrewrite.convert(model, ALL, example_kwargs=inputs)
+    expected = model(**inputs)[0].detach()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        layer = twin.encoder.layer[0].attention.self
+        assert layer.query.source[0] is layer.key
+        assert layer.key is not model.encoder.layer[0].attention.self.key
+        twin.compile(backend="attnrewrite", options={"inner": "eager"})
+        assert torch.equal(twin(**inputs)[0], expected)
+
+
+# --- options ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["full", "symmetric", "diag"])
+@pytest.mark.parametrize("init", ["normal", "scaled", "identity"])
+def test_matrices_to_train_from_scratch(init: Any, form: Any) -> None:
+    model, inputs = model_of("llama")
+    attnrewrite.convert(model, SymmetricConfig(pair_init=init, pair_form=form), example_kwargs=inputs)
+    query = model.model.layers[0].self_attn.q_proj
+    pair = query.matrices().detach()
+    assert pair.shape == (4, 8, 8)
+    assert query.pair.shape == ((4, 8) if form == "diag" else (4, 8, 8))
+    spread = {"normal": 1.0, "scaled": 8**-0.5}
+    if init == "identity":
+        assert torch.equal(pair, torch.eye(8).expand(4, 8, 8))
+    else:
+        diagonal = pair.diagonal(dim1=-2, dim2=-1)
+        assert 0.6 < float(diagonal.std()) / spread[init] < 1.5
+    if form != "full":
+        assert torch.equal(pair, pair.mT)
+
+
+def test_identity_starts_as_symmetric_attention_of_the_keys() -> None:
+    first, inputs = model_of("bert")
+    with torch.no_grad():
+        for query, key in projections(first):
+            query.load_state_dict(key.state_dict())
+    second = copy.deepcopy(first)
+    expected = first(**inputs)[0]
+    attnrewrite.convert(second, SymmetricConfig(pair_init="identity"), example_kwargs=inputs)
+    torch.testing.assert_close(second(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gpt_neox"])
+def test_a_fit_to_data_is_closer_on_these_data(name: str) -> None:
+    """In the inputs' norm the fit with data has the smaller error, and the outputs are nearer to the original's."""
+    distances, errors = [], []
+    for fit in ("weights", "data"):
+        model, inputs = model_of(name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(3.0) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape))
+        expected = model(**inputs)[0].detach()
+        attnrewrite.convert(model, SymmetricConfig(fit=fit, max_error=1.0), example_kwargs=inputs)  # type: ignore[arg-type]  # a Literal
+        distances.append(float((model(**inputs)[0] - expected).norm()))
+        found = attnrewrite.fit_errors(model)
+        errors.append([x for layer in found.values() for x in layer["weighted"] or layer["frobenius"] or []])
+        assert all((layer["weighted"] is None) == (fit == "weights") for layer in found.values())
+    assert distances[1] < distances[0]
+    assert sum(errors[1]) < sum(errors[0])
+
+
+def test_layers_that_are_too_far_off_stay_and_are_named() -> None:
+    model, inputs = model_of("bert")
+    with torch.no_grad():
+        query, key = list(projections(model))[1]
+        key.load_state_dict(query.state_dict())
+    with pytest.warns(AttnRewriteWarning, match=r"AR321 1 layers stay.*max_error = 0\.3: encoder\.layer\.0"):
+        attnrewrite.convert(model, SymmetricConfig(), example_kwargs=inputs)
+    assert list(attnrewrite.fit_errors(model)) == ["encoder.layer.1.attention.self"]
+    assert isinstance(model.encoder.layer[0].attention.self.query, nn.Linear)
+    assert model(**inputs)[0].isfinite().all()
+
+
+def test_symmetric_in_causal_layers_is_warned_of_once() -> None:
+    model, inputs = model_of("llama with as many keys")
+    with pytest.warns(AttnRewriteWarning, match="AR320 2 of 2 layers are causal, 2 have rotary") as caught:
+        attnrewrite.convert(model, SYMMETRIC, example_kwargs=inputs)
+    assert sum("AR320" in str(x.message) for x in caught) == 1
+
+
+def test_a_plan_with_another_variant_in_other_layers() -> None:
+    model, inputs = model_of("gpt2")
+    plan = {"transformer.h.0.attn": ALL, "*": SelectiveConfig()}
+    attnrewrite.convert(model, plan, example_kwargs=inputs)
+    found = conversion_of(model)
+    assert found is not None
+    assert [config.variant for config in found.sites.values()] == ["symmetric", "selective"]
+    assert list(attnrewrite.fit_errors(model)) == ["transformer.h.0.attn"]
+    names = [n for n, _ in new_parameters(model)]
+    assert names[-1] == "transformer.h.1.attn.selective.gamma"
+    assert len(names) == 4
+    model(**inputs)[0].sum().backward()
+    assert all(p.grad is not None for _, p in new_parameters(model))
+    assert conversion_of(attnrewrite.restore(model)) is None
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+class Separate(nn.Module):
+    """Attention whose projections a test may spoil."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def queries(self, x: Tensor) -> Tensor:
+        out: Tensor = self.q(x)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.softmax(self.queries(x) @ self.k(x).mT * 0.2, -1) @ self.v(x)
+
+
+class LowRank(Separate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.up(self.down(x))  # type: ignore[no-any-return]  # a tensor
+
+
+class OtherInput(Separate):
+    def queries(self, x: Tensor) -> Tensor:
+        return self.q(x.tanh())  # type: ignore[no-any-return]  # a tensor
+
+
+class ByHand(Separate):
+    def queries(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.q.weight, self.q.bias)
+
+
+class Tied(Separate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q.weight = self.v.weight
+
+
+class Cross(Separate):
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        other = x.flip(1) if other is None else other
+        return torch.softmax(self.q(x) @ self.k(other).mT * 0.2, -1) @ self.v(other)
+
+
+class Subclass(Separate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = type("MyLinear", (nn.Linear,), {})(WIDTH, WIDTH)
+
+
+REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
+    (LowRank, "made by 2 linear maps"),
+    (OtherInput, "projections of different inputs"),
+    (ByHand, "not that of a module which is called"),
+    (Tied, "is tied to v.weight"),
+    (Subclass, "is a .*MyLinear; needed is torch.nn.Linear"),
+    (MultiheadAttention, "not that of a module which is called|needed is torch.nn.Linear"),
+]
+
+
+def untouched(model: nn.Module, action: Callable[[], Any]) -> AttnRewriteError:
+    keys, modules = list(model.state_dict()), dict(model.named_modules())
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(AttnRewriteError) as caught:
+        action()
+    assert list(model.state_dict()) == keys
+    assert dict(model.named_modules()) == modules
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    return caught.value
+
+
+@pytest.mark.parametrize(("make", "said"), REFUSED, ids=[make.__name__ for make, _ in REFUSED])
+def test_projections_that_cannot_be_shared_are_refused(make: Callable[[], nn.Module], said: str) -> None:
+    model = make()
+    failure = untouched(model, lambda: attnrewrite.convert(model, ALL, example_inputs=(X,)))
+    assert failure.code == "AR307"
+    with pytest.raises(AttnRewriteError, match=said):
+        raise failure
+
+
+def test_cross_attention_and_groups_are_refused() -> None:
+    model = Cross()
+    failure = untouched(model, lambda: attnrewrite.convert(model, ALL, example_inputs=(X, X + 1)))
+    assert (failure.code, "different sequences" in str(failure)) == ("AR307", True)
+    llama, inputs = model_of("llama")
+    failure = untouched(llama, lambda: attnrewrite.convert(llama, SYMMETRIC, example_kwargs=inputs))
+    assert (failure.code, "equal queries" in str(failure)) == ("AR307", True)
+
+
+def test_fits_that_are_too_far_off_change_nothing() -> None:
+    model, inputs = model_of("bert")
+    failure = untouched(model, lambda: attnrewrite.convert(model, SymmetricConfig(), example_kwargs=inputs))
+    assert failure.code == "AR321"
+    with pytest.raises(AttnRewriteError, match="AR303"):
+        SymmetricConfig(max_error=-0.1)
+    with pytest.raises(AttnRewriteError, match=r"AR304.*\n.*replaces projections"):
+        attnrewrite.Backend(variant=SymmetricConfig())
+
+
+def test_an_interrupted_conversion_brings_every_module_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = model_of("gpt2")
+    modules, expected = dict(model.named_modules()), model(**inputs)[0]
+    calls: list[str] = []
+    put = nn.Module.set_submodule
+
+    def interrupted(self: nn.Module, path: str, module: nn.Module) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        put(self, path, module)
+
+    monkeypatch.setattr(nn.Module, "set_submodule", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attnrewrite.convert(model, ALL, example_kwargs=inputs)
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(**inputs)[0], expected)
+
+
+# --- saving -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("llama", ALL), ("gpt2", SYMMETRIC), ("bert", ALL), ("gpt_neox", ALL)], ids=str
+)
+def test_saved_and_loaded_alone_or_into_the_base(tmp_path: Path, name: str, config: SymmetricConfig) -> None:
+    model, inputs = model_of(name)
+    base = copy.deepcopy(model)
+    attnrewrite.convert(model, config, example_kwargs=inputs)
+    with torch.no_grad():
+        for _, parameter in new_parameters(model):
+            parameter.add_(0.01 * torch.randn(parameter.shape))
+    expected = model(**inputs)[0]
+    folder = attnrewrite.save_pretrained(model, tmp_path / "out")
+    alone = attnrewrite.load_pretrained(folder)
+    into = attnrewrite.load_pretrained(copy.deepcopy(base), folder)
+    for loaded in (alone, into):
+        assert conversion_of(loaded) == conversion_of(model)
+        assert attnrewrite.fit_errors(loaded) == attnrewrite.fit_errors(model)
+        assert torch.equal(loaded(**inputs)[0], expected)
+    assert torch.equal(attnrewrite.restore(into)(**inputs)[0], base(**inputs)[0])
+    with pytest.raises(AttnRewriteError, match="AR322"):
+        attnrewrite.restore(alone)
+    again = attnrewrite.load_pretrained(attnrewrite.save_pretrained(alone, tmp_path / "again"))
+    assert torch.equal(again(**inputs)[0], expected)
+
+
+def test_the_command_line_writes_what_is_left(tmp_path: Path) -> None:
+    model, inputs = model_of("llama")
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    (base / "notes.txt").write_text("mine")
+    attnrewrite.convert(model, ALL, example_kwargs=inputs)
+    out = save_conversion(model, base, tmp_path / "out")
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not any("q_proj" in key for key in load_file(out / "model.safetensors"))
+    assert torch.equal(attnrewrite.load_pretrained(out)(**inputs)[0], model(**inputs)[0])
+
+
+def test_a_part_of_another_model_is_saved_by_its_path_there() -> None:
+    inner, inputs = model_of("bert")
+    attnrewrite.convert(inner, ALL, example_kwargs=inputs)
+    whole = nn.ModuleDict({"inner": inner})
+    assert all(n.startswith("inner.encoder") for n, _ in new_parameters(whole))
+    attnrewrite.restore(whole)
+    assert conversion_of(inner) is None
+    assert isinstance(inner.encoder.layer[0].attention.self.query, nn.Linear)
+
+
+def test_every_damaged_file_is_named_and_the_base_untouched(tmp_path: Path) -> None:
+    model = NanoGPT()
+    base = copy.deepcopy(model)
+    attnrewrite.convert(model, ALL, example_inputs=(X,))
+    whole = attnrewrite.save_pretrained(model, tmp_path / "whole")
+
+    def load_after(change: Callable[[Path], object]) -> str:
+        folder = attnrewrite.save_pretrained(model, tmp_path / "out", overwrite=True)
+        change(folder)
+        return untouched(base, lambda: attnrewrite.load_pretrained(base, folder)).code
+
+    def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+        def damage(folder: Path) -> None:
+            found = load_file(folder / WEIGHTS)
+            change(found)
+            save_file(found, folder / WEIGHTS)
+
+        return damage
+
+    def details(**changes: Any) -> Callable[[Path], None]:
+        def damage(folder: Path) -> None:
+            data = json.loads((folder / CONFIG).read_text())
+            data["sites"][0]["swap"].update(changes)
+            (folder / CONFIG).write_text(json.dumps(data))
+
+        return damage
+
+    def without_details(folder: Path) -> None:
+        data = json.loads((folder / CONFIG).read_text())
+        del data["sites"][0]["swap"]
+        (folder / CONFIG).write_text(json.dumps(data))
+
+    assert load_after(weights(lambda found: found.pop("c_attn.pair"))) == "AR603"
+    assert load_after(weights(lambda found: found.update({"c_attn.pair": torch.zeros(4, 8, 7)}))) == "AR603"
+    assert load_after(weights(lambda found: found.update({"c_attn.more": torch.zeros(4)}))) == "AR603"
+    assert load_after(details(query="c_atn", key="c_atn")) == "AR603"
+    assert load_after(details(query="attn_dropout", key="attn_dropout")) == "AR603"
+    assert load_after(details(heads=40)) in ("AR603", "AR604")
+    assert load_after(details(heads="4")) == "AR604"
+    assert load_after(without_details) == "AR603"
+    assert load_after(lambda folder: (folder / WEIGHTS).unlink()) == "AR602"
+    assert torch.equal(attnrewrite.load_pretrained(base, whole)(X), model(X))
+
+
+def test_base_files_that_lack_more_than_was_replaced_are_refused(tmp_path: Path) -> None:
+    model, inputs = model_of("llama")
+    attnrewrite.convert(model, ALL, example_kwargs=inputs)
+    folder = attnrewrite.save_pretrained(model, tmp_path / "out")
+    found = load_file(folder / "model.safetensors")
+    del found["model.layers.0.self_attn.v_proj.weight"]
+    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AttnRewriteError, match=r"AR602.*\n.*lacks 1 weights.*v_proj"):
+        attnrewrite.load_pretrained(folder)
