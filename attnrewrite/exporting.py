@@ -94,8 +94,8 @@ def _captured(
                 "AR102", "an exported program brings its own inputs and sizes", hint="export(program, (), path)"
             )
         return model
-    if isinstance(args, torch.Tensor):
-        raise error("AR102", "example_inputs is a tensor", hint="pass a tuple: (tensor,)")
+    if not isinstance(args, (tuple, list)):
+        raise error("AR102", f"example_inputs is a {type(args).__name__}", hint="pass a tuple: (tensor,)")
     return export_model(model, args, kwargs or {}, dynamic)
 
 
