@@ -52,6 +52,9 @@ def share(
     """Do what ``SymmetricConfig.swaps`` does."""
     layers = _readable(config, model, Provenance(capture), sites)
     moments = _moments(model, layers.values(), run) if config.fit == "data" else {}
+    for path, found in moments.items():
+        if not bool(found.second.isfinite().all()):
+            raise error("AR102", f"{path} gets inputs that are not finite numbers: nothing can be fitted to them")
     fitted = {layer: _fitted(config, found, moments.get(found.query.module)) for layer, found in layers.items()}
     kept = _close_enough(config, fitted)
     _warn_of_direction(config, [layers[layer].row for layer in kept])
@@ -113,6 +116,9 @@ def _read(
         tied = [name for p in module.parameters() for name in names[id(p)] if name.rpartition(".")[0] != path]
         if tied:
             raise refuse(f"the projection of the {role}, {path}, is tied to {tied[0]}")
+    weights = [weight_of(model.get_submodule(x.module))[x.rows.flatten()] for x in (query, key)]
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise refuse("weights of the projections are not finite numbers")
     if not same_value(query.source, key.source):
         raise refuse("queries and keys are projections of different inputs")
     if query.module != key.module and query.rows.numel() != weight_of(model.get_submodule(query.module)).shape[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,7 @@ def test_only_distances_count_and_padding_does_not(config: SymmetricConfig) -> N
     spread = alone.std()
     torch.testing.assert_close(behind / spread, alone / spread, rtol=1e-5, atol=1e-5)
     swapped = model(ids[:, [1, 0, *range(2, 9)]]).logits[:, 2:]
-    assert float((swapped - alone[:, 2:]).abs().max() / spread) > 1e-2
+    assert float(((swapped - alone[:, 2:]).abs().max() / spread).detach()) > 1e-2
 
 
 def test_a_training_step_compiled_whole_reaches_shared_and_pair_weights() -> None:
@@ -305,7 +306,7 @@ def test_a_fit_to_data_is_closer_on_these_data(name: str) -> None:
                 parameter.mul_(3.0) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape))
         expected = model(**inputs)[0].detach()
         attnrewrite.convert(model, SymmetricConfig(fit=fit, max_error=1.0), example_kwargs=inputs)  # type: ignore[arg-type]  # a Literal
-        distances.append(float((model(**inputs)[0] - expected).norm()))
+        distances.append(float((model(**inputs)[0] - expected).norm().detach()))
         found = attnrewrite.fit_errors(model)
         errors.append([x for layer in found.values() for x in layer["weighted"] or layer["frobenius"] or []])
         assert all((layer["weighted"] is None) == (fit == "weights") for layer in found.values())
@@ -391,6 +392,12 @@ class Tied(Separate):
         self.q.weight = self.v.weight
 
 
+class Missing(Separate):
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.constant_(self.k.weight, float("nan"))
+
+
 class Cross(Separate):
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         other = x.flip(1) if other is None else other
@@ -406,10 +413,11 @@ class Subclass(Separate):
 REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (LowRank, "made by 2 linear maps"),
     (OtherInput, "projections of different inputs"),
-    (ByHand, "not that of a module which is called"),
-    (Tied, "is tied to v.weight"),
+    (ByHand, "q.weight in the model itself: tied, or used without its own module"),
+    (Tied, "v.weight in q: tied"),
+    (Missing, "not finite"),
     (Subclass, "is a .*MyLinear; needed is torch.nn.Linear"),
-    (MultiheadAttention, "not that of a module which is called|needed is torch.nn.Linear"),
+    (MultiheadAttention, "without its own module|needed is torch.nn.Linear"),
 ]
 
 
@@ -429,8 +437,7 @@ def test_projections_that_cannot_be_shared_are_refused(make: Callable[[], nn.Mod
     model = make()
     failure = untouched(model, lambda: attnrewrite.convert(model, ALL, example_inputs=(X,)))
     assert failure.code == "AR307"
-    with pytest.raises(AttnRewriteError, match=said):
-        raise failure
+    assert re.search(said, str(failure))
 
 
 def test_cross_attention_and_groups_are_refused() -> None:

@@ -7,11 +7,26 @@ from typing import ClassVar
 
 import pytest
 
-from attnrewrite import AttnRewriteError, SelectiveConfig, SSAConfig, VariantConfig, list_variants, register_variant
+from attnrewrite import (
+    AttnRewriteError,
+    SelectiveConfig,
+    SSAConfig,
+    SymmetricConfig,
+    VariantConfig,
+    list_variants,
+    register_variant,
+)
 from attnrewrite.variants import VariantInfo, config_fields, parse_config
 
 
-@pytest.mark.parametrize("config", [SelectiveConfig("raw", 3, False), SSAConfig(position="sigmoid")], ids=str)
+CONFIGS = [
+    SelectiveConfig("raw", 3, False),
+    SSAConfig(position="sigmoid"),
+    SymmetricConfig("symmetric", max_error=0.5),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_configs_survive_json(config: VariantConfig) -> None:
     assert VariantConfig.from_dict(config.to_dict()) == config
 
@@ -43,4 +58,4 @@ def test_what_cannot_be_registered_is_said(name: str) -> None:
     config = type(list_variants()[0].config()) if name == "sdpa" else OtherConfig
     with pytest.raises(AttnRewriteError, match="AR314"):
         register_variant(VariantInfo(name, "", False, False, "", config))
-    assert [info.name for info in list_variants()] == ["sdpa", "selective", "ssa"]
+    assert [info.name for info in list_variants()] == ["sdpa", "selective", "ssa", "symmetric"]
