@@ -18,7 +18,6 @@ from attnrewrite import (
 )
 from attnrewrite.variants import VariantInfo, config_fields, parse_config
 
-
 CONFIGS = [
     SelectiveConfig("raw", 3, False),
     SSAConfig(position="sigmoid"),
