@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,24 +22,11 @@ from attnrewrite.passes.graph.nodes import same_value
 from attnrewrite.passes.pipeline import not_applied
 from attnrewrite.passes.report import Site
 from attnrewrite.variants.base import Swap
-from attnrewrite.variants.shared_modules import Sharing, as_weight, empty_modules, unusable, weight_of
+from attnrewrite.variants.shared_modules import Sharing, empty_modules, unusable, weight_of
+from attnrewrite.variants.shared_values import Layer, swap_of
 
 if TYPE_CHECKING:
     from attnrewrite.variants.symmetric import SymmetricConfig
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """The projections of one layer that can be shared."""
-
-    row: Site
-    query: HeadRows
-    key: HeadRows
-    projections: Projections
-
-    @property
-    def fused(self) -> bool:
-        return self.query.module == self.key.module
 
 
 def share(
@@ -52,10 +39,13 @@ def share(
     """Do what ``SymmetricConfig.swaps`` does."""
     layers = _readable(config, model, Provenance(capture), sites)
     moments = _moments(model, layers.values(), run) if config.fit == "data" else {}
+    for path, found in moments.items():
+        if not bool(found.second.isfinite().all()):
+            raise error("AR102", f"{path} gets inputs that are not finite numbers: nothing can be fitted to them")
     fitted = {layer: _fitted(config, found, moments.get(found.query.module)) for layer, found in layers.items()}
     kept = _close_enough(config, fitted)
     _warn_of_direction(config, [layers[layer].row for layer in kept])
-    return {layer: _swap(config, model, layers[layer], fitted[layer]) for layer in kept}
+    return {layer: swap_of(config, model, layers[layer], fitted[layer]) for layer in kept}
 
 
 def shared_modules(model: nn.Module, details: Mapping[str, Any]) -> dict[str, nn.Module]:
@@ -77,10 +67,10 @@ def shared_modules(model: nn.Module, details: Mapping[str, Any]) -> dict[str, nn
 
 def _readable(
     config: SymmetricConfig, model: nn.Module, provenance: Provenance, sites: Mapping[str, tuple[Attention, Site]]
-) -> dict[str, _Layer]:
+) -> dict[str, Layer]:
     """Read the projections of every layer. Raises VariantError AR307 that names all that cannot be shared."""
     names = _names(model)
-    found, failed = dict[str, _Layer](), []
+    found, failed = dict[str, Layer](), []
     for layer, (site, row) in sites.items():
         try:
             found[layer] = _read(config, model, site, row, provenance, names)
@@ -99,7 +89,7 @@ def _read(
     row: Site,
     provenance: Provenance,
     names: Mapping[int, list[str]],
-) -> _Layer:
+) -> Layer:
     def refuse(reason: str) -> Reject:
         return Reject("AR307", reason, site.anchor)
 
@@ -113,6 +103,9 @@ def _read(
         tied = [name for p in module.parameters() for name in names[id(p)] if name.rpartition(".")[0] != path]
         if tied:
             raise refuse(f"the projection of the {role}, {path}, is tied to {tied[0]}")
+    weights = [weight_of(model.get_submodule(x.module))[x.rows.flatten()] for x in (query, key)]
+    if not all(bool(weight.isfinite().all()) for weight in weights):
+        raise refuse("weights of the projections are not finite numbers")
     if not same_value(query.source, key.source):
         raise refuse("queries and keys are projections of different inputs")
     if query.module != key.module and query.rows.numel() != weight_of(model.get_submodule(query.module)).shape[0]:
@@ -122,7 +115,7 @@ def _read(
         raise refuse("the queries turn with the position in a way that is not read, so that nothing can be fitted")
     if symmetric and row.cache == "none" and "key" in (row.other_users or ()):
         raise refuse("the keys are also used outside of the attention")
-    return _Layer(row, query, key, _projections(model, query, key, row))
+    return Layer(row, query, key, _projections(model, query, key, row))
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -150,7 +143,7 @@ def _of_heads(module: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor | None]:
 # --- the fit ----------------------------------------------------------------------------------------------
 
 
-def _moments(model: nn.Module, layers: Iterable[_Layer], run: Callable[[], object]) -> dict[str, Moments]:
+def _moments(model: nn.Module, layers: Iterable[Layer], run: Callable[[], object]) -> dict[str, Moments]:
     """Run the model, and return the moments of what the query projections get as input, by path."""
     sums: dict[str, list[Tensor]] = {}
 
@@ -172,7 +165,7 @@ def _moments(model: nn.Module, layers: Iterable[_Layer], run: Callable[[], objec
     return {path: Moments(total / count, second / count) for path, (count, total, second) in sums.items()}
 
 
-def _fitted(config: SymmetricConfig, layer: _Layer, moments: Moments | None) -> SharedLayer:
+def _fitted(config: SymmetricConfig, layer: Layer, moments: Moments | None) -> SharedLayer:
     if config.form == "symmetric":
         return fit_layer(layer.projections, moments, None)
     if config.pair_init == "converted":
@@ -203,7 +196,7 @@ def _close_enough(config: SymmetricConfig, fitted: Mapping[str, SharedLayer]) ->
         detail = f"relative errors above max_error = {config.max_error:g}: {some}{more}"
         if len(far) == len(fitted):
             raise error("AR321", detail)
-        warnings.warn(f"AR321 {len(far)} layers stay as they are: {detail}", AttnRewriteWarning, stacklevel=4)
+        _warn("AR321", f"{len(far)} of {len(fitted)} layers stay as they are; {detail}")
     return [layer for layer in fitted if layer not in far]
 
 
@@ -218,101 +211,8 @@ def _warn_of_direction(config: SymmetricConfig, rows: list[Site]) -> None:
     causal = [row.layer for row in rows if row.mask.offset is not None]
     turning = [row.layer for row in rows if row.rope not in (None, "none")]
     if config.form == "symmetric" and (causal or turning):
-        what = f"{len(causal)} of {len(rows)} layers are causal, {len(turning)} have rotary embedding"
-        reason = "equal queries and keys cannot tell what a token asks for from what it offers, nor before from after"
-        warnings.warn(f"AR320 {what}: {reason}; consider form='pairwise'", AttnRewriteWarning, stacklevel=4)
+        _warn("AR320", f"{len(causal)} of {len(rows)} layers are causal, {len(turning)} have rotary embedding")
 
 
-# --- the modules ------------------------------------------------------------------------------------------
-
-
-def _swap(config: SymmetricConfig, model: nn.Module, layer: _Layer, fitted: SharedLayer) -> Swap:
-    old = model.get_submodule(layer.key.module)
-    sharing = _sharing(config, old, layer, fitted)
-    modules = empty_modules(model, sharing)
-    state = _fused_state(old, layer, fitted) if layer.fused else _separate_state(old, layer, fitted, sharing)
-    weight = weight_of(old)
-    for path, module in modules.items():
-        pair = {} if fitted.pair is None or path != sharing.query else {"pair": _stored(config, fitted.pair)}
-        values = {name: x.to(weight.device) for name, x in {**state[path], **pair}.items()}
-        values = {name: x.to(weight.dtype) if x.is_floating_point() else x for name, x in values.items()}
-        module.load_state_dict(values, assign=True)
-        module.train(old.training)
-    errors = {"frobenius": fitted.errors, "weighted": fitted.weighted}
-    return Swap(modules, {**asdict(sharing), "errors": errors})
-
-
-def _sharing(config: SymmetricConfig, old: nn.Module, layer: _Layer, fitted: SharedLayer) -> Sharing:
-    (H, D), Hkv = layer.query.rows.shape, layer.key.rows.shape[0]
-    theirs = layer.projections
-    same_bias = fitted.bias is None or (theirs.key_bias is not None and torch.equal(fitted.bias, theirs.key_bias))
-    new_key = not torch.equal(fitted.weight, theirs.key) or not same_bias
-    whole = layer.key.rows.numel() == weight_of(old).shape[0]
-    return Sharing(
-        layer.query.module,
-        layer.key.module,
-        H,
-        Hkv,
-        D,
-        form=None if config.form == "symmetric" else config.pair_form,
-        new_key=new_key,
-        bias=isinstance(old.bias, Tensor) or fitted.bias is not None,
-        rows=not layer.fused and not (whole and _in_order(layer.key.rows)),
-        order=not _in_order(_places(old, layer) if layer.fused else layer.query.rows),
-    )
-
-
-def _stored(config: SymmetricConfig, pair: Tensor) -> Tensor:
-    return pair.diagonal(dim1=-2, dim2=-1).contiguous() if config.pair_form == "diag" else pair
-
-
-def _separate_state(
-    old: nn.Module, layer: _Layer, fitted: SharedLayer, sharing: Sharing
-) -> dict[str, dict[str, Tensor]]:
-    """Return the values of the modules that take the places of queries and keys, but for ``pair``."""
-    rows, query = layer.key.rows.flatten(), dict[str, Tensor]()
-    if sharing.rows:
-        query["rows"] = rows
-    if sharing.order:
-        query["order"] = layer.query.rows.flatten().argsort()
-    weight, bias = weight_of(old).double().clone(), _bias_of(old)
-    weight[rows], bias[rows] = _by_rows(fitted.weight, fitted.bias)
-    values = {"weight": as_weight(old, weight), **({"bias": bias} if sharing.bias else {})}
-    return {layer.query.module: query, layer.key.module: values}
-
-
-def _fused_state(old: nn.Module, layer: _Layer, fitted: SharedLayer) -> dict[str, dict[str, Tensor]]:
-    rest = _rest(old, layer)
-    weight, bias = _by_rows(fitted.weight, fitted.bias)
-    weight = torch.cat((weight, weight_of(old)[rest].double()))
-    bias = torch.cat((bias, _bias_of(old)[rest]))
-    values = {"proj.weight": as_weight(old, weight), **({"proj.bias": bias} if isinstance(old.bias, Tensor) else {})}
-    places = _places(old, layer)
-    return {layer.key.module: {**values, **({} if _in_order(places) else {"order": places.argsort()})}}
-
-
-def _by_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the weight ``[heads, D, d]`` and bias of heads as rows of a linear layer."""
-    rows = weight.mT.flatten(0, 1)
-    return rows, rows.new_zeros(len(rows)) if bias is None else bias.flatten()
-
-
-def _bias_of(module: nn.Module) -> Tensor:
-    weight, bias = weight_of(module), module.bias
-    return bias.detach().double().clone() if isinstance(bias, Tensor) else weight.new_zeros(len(weight)).double()
-
-
-def _rest(old: nn.Module, layer: _Layer) -> Tensor:
-    """Return the features of a fused projection that are neither queries nor keys."""
-    free = torch.ones(weight_of(old).shape[0], dtype=torch.bool)
-    free[layer.query.rows.flatten()] = free[layer.key.rows.flatten()] = False
-    return free.nonzero().squeeze(-1)
-
-
-def _places(old: nn.Module, layer: _Layer) -> Tensor:
-    """Return where queries, keys and the rest, in this order, stand in the output of a fused projection."""
-    return torch.cat((layer.query.rows.flatten(), layer.key.rows.flatten(), _rest(old, layer)))
-
-
-def _in_order(rows: Tensor) -> bool:
-    return bool(torch.equal(rows.flatten(), torch.arange(rows.numel())))
+def _warn(code: str, detail: str) -> None:
+    warnings.warn(str(error(code, detail)), AttnRewriteWarning, stacklevel=6)

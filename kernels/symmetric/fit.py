@@ -122,7 +122,8 @@ def _nearest_symmetric(normal: Tensor, wanted: Tensor) -> Tensor:
     """Solve ``A S + S A = B + Bᵀ``, what a symmetric S of least squares satisfies, in the eigenbasis of A."""
     values, basis = torch.linalg.eigh(normal)
     sums = (values[:, None] + values).clamp(min=values.abs().max() * torch.finfo(values.dtype).eps)
-    return basis @ ((basis.mT @ (wanted + wanted.mT) @ basis) / sums) @ basis.mT
+    found: Tensor = basis @ ((basis.mT @ (wanted + wanted.mT) @ basis) / sums) @ basis.mT
+    return found
 
 
 def fit_rotary(w_q: Tensor, w_k: Tensor, covariance: Tensor | None = None) -> Shared:

@@ -151,8 +151,7 @@ def _pairs_for_keys(layer: Projections, norms: _Norms, form: PairForm) -> Tensor
     """Return the S of every head that bring its keys nearest to its queries, bias included."""
     groups = layer.query.shape[0] // layer.key.shape[0]
     queries, keys = _with_bias(layer, "query"), _with_bias(layer, "key")
-    parts = queries.unflatten(0, (-1, groups))  # [Hkv, G, D | D + 1, d]
-    found = [fit_keys(q, k, norms.turned, form).pair for q, k in zip(parts, keys, strict=True)]
+    found = [fit_keys(q, k, norms.turned, form).pair for q, k in zip(torch.split(queries, groups), keys, strict=True)]
     return torch.cat([pair for pair in found if pair is not None])
 
 

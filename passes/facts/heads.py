@@ -47,7 +47,8 @@ def head_rows(site: Attention, role: Literal["query", "key"], provenance: Proven
     (linear,) = trail.linears.values()
     name, path = weight_name(linear.weight, provenance.capture), layer_path(linear.node)
     if name is None or name.rpartition(".")[0] != path:
-        raise Reject("AR307", f"the weight of the {what} is not that of a module which is called", linear.node)
+        where = f"{name} in {path or 'the model itself'}"
+        raise Reject("AR307", f"the {what} are made with {where}: tied, or used without its own module", linear.node)
     return HeadRows(path, linear.source, _rows(operand, wanted, linear.node, site))
 
 

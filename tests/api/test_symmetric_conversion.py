@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +11,16 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from families import FAMILIES, build
-from safetensors.torch import load_file, save_file
-from spellings import WIDTH, MultiheadAttention, NanoGPT
+from safetensors.torch import load_file
+from symmetric_models import ALL, BY_NAME, SYMMETRIC, model_of, projections
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 import attnrewrite
-from attnrewrite import AttnRewriteError, AttnRewriteWarning, SelectiveConfig, SymmetricConfig
+from attnrewrite import AttnRewriteWarning, SelectiveConfig, SymmetricConfig
 from attnrewrite.conversion import conversion_of, new_parameters
-from attnrewrite.saving import CONFIG, WEIGHTS, save_conversion
+from attnrewrite.saving import WEIGHTS
 
-BY_NAME = {family.name: family for family in FAMILIES}
-ALL = SymmetricConfig(max_error=1.0)
-SYMMETRIC = SymmetricConfig("symmetric", max_error=1.0)
-X = torch.randn(2, 13, WIDTH, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings("ignore:AR320")
 
 
@@ -35,20 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:AR320")
 def _fresh_dynamo() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
-
-
-def model_of(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    if name == "llama with as many keys":
-        return tiny.llama(num_key_value_heads=4), BY_NAME["llama"].inputs()
-    return build(BY_NAME[name], BY_NAME[name].implementations[-1]), BY_NAME[name].inputs()
-
-
-def projections(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Yield the query and key projections that are modules of their own."""
-    for module in model.modules():
-        for q, k in (("q_proj", "k_proj"), ("query", "key")):
-            if hasattr(module, q) and hasattr(module, k):
-                yield getattr(module, q), getattr(module, k)
 
 
 @torch.no_grad()
@@ -218,7 +197,7 @@ def test_only_distances_count_and_padding_does_not(config: SymmetricConfig) -> N
     spread = alone.std()
     torch.testing.assert_close(behind / spread, alone / spread, rtol=1e-5, atol=1e-5)
     swapped = model(ids[:, [1, 0, *range(2, 9)]]).logits[:, 2:]
-    assert float((swapped - alone[:, 2:]).abs().max() / spread) > 1e-2
+    assert float(((swapped - alone[:, 2:]).abs().max() / spread).detach()) > 1e-2
 
 
 def test_a_training_step_compiled_whole_reaches_shared_and_pair_weights() -> None:
@@ -305,7 +284,7 @@ def test_a_fit_to_data_is_closer_on_these_data(name: str) -> None:
                 parameter.mul_(3.0) if parameter.dim() > 1 else parameter.add_(0.2 * torch.randn(parameter.shape))
         expected = model(**inputs)[0].detach()
         attnrewrite.convert(model, SymmetricConfig(fit=fit, max_error=1.0), example_kwargs=inputs)  # type: ignore[arg-type]  # a Literal
-        distances.append(float((model(**inputs)[0] - expected).norm()))
+        distances.append(float((model(**inputs)[0] - expected).norm().detach()))
         found = attnrewrite.fit_errors(model)
         errors.append([x for layer in found.values() for x in layer["weighted"] or layer["frobenius"] or []])
         assert all((layer["weighted"] is None) == (fit == "weights") for layer in found.values())
@@ -318,7 +297,7 @@ def test_layers_that_are_too_far_off_stay_and_are_named() -> None:
     with torch.no_grad():
         query, key = list(projections(model))[1]
         key.load_state_dict(query.state_dict())
-    with pytest.warns(AttnRewriteWarning, match=r"AR321 1 layers stay.*max_error = 0\.3: encoder\.layer\.0"):
+    with pytest.warns(AttnRewriteWarning, match=r"AR321.*\n  1 of 2 layers stay.*max_error = 0\.3: encoder\.layer\.0"):
         attnrewrite.convert(model, SymmetricConfig(), example_kwargs=inputs)
     assert list(attnrewrite.fit_errors(model)) == ["encoder.layer.1.attention.self"]
     assert isinstance(model.encoder.layer[0].attention.self.query, nn.Linear)
@@ -327,7 +306,7 @@ def test_layers_that_are_too_far_off_stay_and_are_named() -> None:
 
 def test_symmetric_in_causal_layers_is_warned_of_once() -> None:
     model, inputs = model_of("llama with as many keys")
-    with pytest.warns(AttnRewriteWarning, match="AR320 2 of 2 layers are causal, 2 have rotary") as caught:
+    with pytest.warns(AttnRewriteWarning, match=r"AR320.*\n  2 of 2 layers are causal, 2 have rotary") as caught:
         attnrewrite.convert(model, SYMMETRIC, example_kwargs=inputs)
     assert sum("AR320" in str(x.message) for x in caught) == 1
 
@@ -346,231 +325,3 @@ def test_a_plan_with_another_variant_in_other_layers() -> None:
     model(**inputs)[0].sum().backward()
     assert all(p.grad is not None for _, p in new_parameters(model))
     assert conversion_of(attnrewrite.restore(model)) is None
-
-
-# --- refusals ---------------------------------------------------------------------------------------------
-
-
-class Separate(nn.Module):
-    """Attention whose projections a test may spoil."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
-
-    def queries(self, x: Tensor) -> Tensor:
-        out: Tensor = self.q(x)
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.softmax(self.queries(x) @ self.k(x).mT * 0.2, -1) @ self.v(x)
-
-
-class LowRank(Separate):
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)
-
-    def queries(self, x: Tensor) -> Tensor:
-        return self.q(x) + self.up(self.down(x))  # type: ignore[no-any-return]  # a tensor
-
-
-class OtherInput(Separate):
-    def queries(self, x: Tensor) -> Tensor:
-        return self.q(x.tanh())  # type: ignore[no-any-return]  # a tensor
-
-
-class ByHand(Separate):
-    def queries(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.q.weight, self.q.bias)
-
-
-class Tied(Separate):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q.weight = self.v.weight
-
-
-class Cross(Separate):
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        other = x.flip(1) if other is None else other
-        return torch.softmax(self.q(x) @ self.k(other).mT * 0.2, -1) @ self.v(other)
-
-
-class Subclass(Separate):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q = type("MyLinear", (nn.Linear,), {})(WIDTH, WIDTH)
-
-
-REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
-    (LowRank, "made by 2 linear maps"),
-    (OtherInput, "projections of different inputs"),
-    (ByHand, "not that of a module which is called"),
-    (Tied, "is tied to v.weight"),
-    (Subclass, "is a .*MyLinear; needed is torch.nn.Linear"),
-    (MultiheadAttention, "not that of a module which is called|needed is torch.nn.Linear"),
-]
-
-
-def untouched(model: nn.Module, action: Callable[[], Any]) -> AttnRewriteError:
-    keys, modules = list(model.state_dict()), dict(model.named_modules())
-    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
-    with pytest.raises(AttnRewriteError) as caught:
-        action()
-    assert list(model.state_dict()) == keys
-    assert dict(model.named_modules()) == modules
-    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
-    return caught.value
-
-
-@pytest.mark.parametrize(("make", "said"), REFUSED, ids=[make.__name__ for make, _ in REFUSED])
-def test_projections_that_cannot_be_shared_are_refused(make: Callable[[], nn.Module], said: str) -> None:
-    model = make()
-    failure = untouched(model, lambda: attnrewrite.convert(model, ALL, example_inputs=(X,)))
-    assert failure.code == "AR307"
-    with pytest.raises(AttnRewriteError, match=said):
-        raise failure
-
-
-def test_cross_attention_and_groups_are_refused() -> None:
-    model = Cross()
-    failure = untouched(model, lambda: attnrewrite.convert(model, ALL, example_inputs=(X, X + 1)))
-    assert (failure.code, "different sequences" in str(failure)) == ("AR307", True)
-    llama, inputs = model_of("llama")
-    failure = untouched(llama, lambda: attnrewrite.convert(llama, SYMMETRIC, example_kwargs=inputs))
-    assert (failure.code, "equal queries" in str(failure)) == ("AR307", True)
-
-
-def test_fits_that_are_too_far_off_change_nothing() -> None:
-    model, inputs = model_of("bert")
-    failure = untouched(model, lambda: attnrewrite.convert(model, SymmetricConfig(), example_kwargs=inputs))
-    assert failure.code == "AR321"
-    with pytest.raises(AttnRewriteError, match="AR303"):
-        SymmetricConfig(max_error=-0.1)
-    with pytest.raises(AttnRewriteError, match=r"AR304.*\n.*replaces projections"):
-        attnrewrite.Backend(variant=SymmetricConfig())
-
-
-def test_an_interrupted_conversion_brings_every_module_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, inputs = model_of("gpt2")
-    modules, expected = dict(model.named_modules()), model(**inputs)[0]
-    calls: list[str] = []
-    put = nn.Module.set_submodule
-
-    def interrupted(self: nn.Module, path: str, module: nn.Module) -> None:
-        calls.append(path)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        put(self, path, module)
-
-    monkeypatch.setattr(nn.Module, "set_submodule", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        attnrewrite.convert(model, ALL, example_kwargs=inputs)
-    assert dict(model.named_modules()) == modules
-    assert torch.equal(model(**inputs)[0], expected)
-
-
-# --- saving -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "config"), [("llama", ALL), ("gpt2", SYMMETRIC), ("bert", ALL), ("gpt_neox", ALL)], ids=str
-)
-def test_saved_and_loaded_alone_or_into_the_base(tmp_path: Path, name: str, config: SymmetricConfig) -> None:
-    model, inputs = model_of(name)
-    base = copy.deepcopy(model)
-    attnrewrite.convert(model, config, example_kwargs=inputs)
-    with torch.no_grad():
-        for _, parameter in new_parameters(model):
-            parameter.add_(0.01 * torch.randn(parameter.shape))
-    expected = model(**inputs)[0]
-    folder = attnrewrite.save_pretrained(model, tmp_path / "out")
-    alone = attnrewrite.load_pretrained(folder)
-    into = attnrewrite.load_pretrained(copy.deepcopy(base), folder)
-    for loaded in (alone, into):
-        assert conversion_of(loaded) == conversion_of(model)
-        assert attnrewrite.fit_errors(loaded) == attnrewrite.fit_errors(model)
-        assert torch.equal(loaded(**inputs)[0], expected)
-    assert torch.equal(attnrewrite.restore(into)(**inputs)[0], base(**inputs)[0])
-    with pytest.raises(AttnRewriteError, match="AR322"):
-        attnrewrite.restore(alone)
-    again = attnrewrite.load_pretrained(attnrewrite.save_pretrained(alone, tmp_path / "again"))
-    assert torch.equal(again(**inputs)[0], expected)
-
-
-def test_the_command_line_writes_what_is_left(tmp_path: Path) -> None:
-    model, inputs = model_of("llama")
-    base = tmp_path / "base"
-    model.save_pretrained(base)
-    (base / "notes.txt").write_text("mine")
-    attnrewrite.convert(model, ALL, example_kwargs=inputs)
-    out = save_conversion(model, base, tmp_path / "out")
-    assert (out / "notes.txt").read_text() == "mine"
-    assert not any("q_proj" in key for key in load_file(out / "model.safetensors"))
-    assert torch.equal(attnrewrite.load_pretrained(out)(**inputs)[0], model(**inputs)[0])
-
-
-def test_a_part_of_another_model_is_saved_by_its_path_there() -> None:
-    inner, inputs = model_of("bert")
-    attnrewrite.convert(inner, ALL, example_kwargs=inputs)
-    whole = nn.ModuleDict({"inner": inner})
-    assert all(n.startswith("inner.encoder") for n, _ in new_parameters(whole))
-    attnrewrite.restore(whole)
-    assert conversion_of(inner) is None
-    assert isinstance(inner.encoder.layer[0].attention.self.query, nn.Linear)
-
-
-def test_every_damaged_file_is_named_and_the_base_untouched(tmp_path: Path) -> None:
-    model = NanoGPT()
-    base = copy.deepcopy(model)
-    attnrewrite.convert(model, ALL, example_inputs=(X,))
-    whole = attnrewrite.save_pretrained(model, tmp_path / "whole")
-
-    def load_after(change: Callable[[Path], object]) -> str:
-        folder = attnrewrite.save_pretrained(model, tmp_path / "out", overwrite=True)
-        change(folder)
-        return untouched(base, lambda: attnrewrite.load_pretrained(base, folder)).code
-
-    def weights(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-        def damage(folder: Path) -> None:
-            found = load_file(folder / WEIGHTS)
-            change(found)
-            save_file(found, folder / WEIGHTS)
-
-        return damage
-
-    def details(**changes: Any) -> Callable[[Path], None]:
-        def damage(folder: Path) -> None:
-            data = json.loads((folder / CONFIG).read_text())
-            data["sites"][0]["swap"].update(changes)
-            (folder / CONFIG).write_text(json.dumps(data))
-
-        return damage
-
-    def without_details(folder: Path) -> None:
-        data = json.loads((folder / CONFIG).read_text())
-        del data["sites"][0]["swap"]
-        (folder / CONFIG).write_text(json.dumps(data))
-
-    assert load_after(weights(lambda found: found.pop("c_attn.pair"))) == "AR603"
-    assert load_after(weights(lambda found: found.update({"c_attn.pair": torch.zeros(4, 8, 7)}))) == "AR603"
-    assert load_after(weights(lambda found: found.update({"c_attn.more": torch.zeros(4)}))) == "AR603"
-    assert load_after(details(query="c_atn", key="c_atn")) == "AR603"
-    assert load_after(details(query="attn_dropout", key="attn_dropout")) == "AR603"
-    assert load_after(details(heads=40)) in ("AR603", "AR604")
-    assert load_after(details(heads="4")) == "AR604"
-    assert load_after(without_details) == "AR603"
-    assert load_after(lambda folder: (folder / WEIGHTS).unlink()) == "AR602"
-    assert torch.equal(attnrewrite.load_pretrained(base, whole)(X), model(X))
-
-
-def test_base_files_that_lack_more_than_was_replaced_are_refused(tmp_path: Path) -> None:
-    model, inputs = model_of("llama")
-    attnrewrite.convert(model, ALL, example_kwargs=inputs)
-    folder = attnrewrite.save_pretrained(model, tmp_path / "out")
-    found = load_file(folder / "model.safetensors")
-    del found["model.layers.0.self_attn.v_proj.weight"]
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(AttnRewriteError, match=r"AR602.*\n.*lacks 1 weights.*v_proj"):
-        attnrewrite.load_pretrained(folder)

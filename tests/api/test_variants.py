@@ -7,11 +7,25 @@ from typing import ClassVar
 
 import pytest
 
-from attnrewrite import AttnRewriteError, SelectiveConfig, SSAConfig, VariantConfig, list_variants, register_variant
+from attnrewrite import (
+    AttnRewriteError,
+    SelectiveConfig,
+    SSAConfig,
+    SymmetricConfig,
+    VariantConfig,
+    list_variants,
+    register_variant,
+)
 from attnrewrite.variants import VariantInfo, config_fields, parse_config
 
+CONFIGS = [
+    SelectiveConfig("raw", 3, False),
+    SSAConfig(position="sigmoid"),
+    SymmetricConfig("symmetric", max_error=0.5),
+]
 
-@pytest.mark.parametrize("config", [SelectiveConfig("raw", 3, False), SSAConfig(position="sigmoid")], ids=str)
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_configs_survive_json(config: VariantConfig) -> None:
     assert VariantConfig.from_dict(config.to_dict()) == config
 

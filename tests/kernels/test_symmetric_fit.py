@@ -7,7 +7,15 @@ import pytest
 import torch
 from symmetric_support import worked
 
-from attnrewrite.kernels.symmetric.fit import fit_keys, fit_pairwise, fit_rotary, fit_symmetric, shared_bias
+from attnrewrite.kernels.symmetric.fit import (
+    fit_keys,
+    fit_pairwise,
+    fit_rotary,
+    fit_signed,
+    fit_symmetric,
+    shared_bias,
+)
+from attnrewrite.kernels.symmetric.layer import Moments, Projections, fit_layer
 
 
 def draw(*shape, seed=0):
@@ -145,3 +153,106 @@ class TestRotary:
         exact, ours = (turns * w_q @ w_k.mH).real, (turns * found.weight @ found.weight.mH).real
         error = ((exact - ours).square().sum() / exact.square().sum()).sqrt()
         assert math.isclose(error, found.error, rel_tol=1e-9)
+
+
+class TestForms:
+    def test_signs_are_the_best_symmetric_matrices(self):
+        """Better than S = I, and no symmetric change of S or change of W makes it better."""
+        w_q, w_k = draw(10, 3), draw(10, 3, seed=1)
+        found, product = fit_signed(w_q, w_k), w_q @ w_k.mT
+        least = torch.linalg.matrix_norm(product - found.weight @ found.pair[0] @ found.weight.mT)
+        assert math.isclose(least / torch.linalg.matrix_norm(product), found.error, rel_tol=1e-9)
+        assert found.error < fit_symmetric(w_q, w_k).error
+        for seed in range(20):
+            change = 0.05 * draw(3, 3, seed=seed)
+            weight, pair = found.weight + 0.05 * draw(10, 3, seed=seed + 30), found.pair[0] + change + change.mT
+            assert torch.linalg.matrix_norm(product - weight @ pair @ weight.mT) >= least
+
+    @pytest.mark.parametrize("form", ["symmetric", "diag"])
+    def test_restricted_matrices_for_given_keys(self, form):
+        """The least error among matrices of the form, which are recovered where the queries are made by one."""
+        w_k, free = draw(10, 4), draw(2, 4, 4, seed=1)
+        pair = torch.diag_embed(free[:, 0]) if form == "diag" else free + free.mT
+        exact = fit_keys(w_k @ pair, w_k, form=form)
+        torch.testing.assert_close(exact.pair, pair, rtol=1e-9, atol=1e-9)
+        w_q = draw(2, 10, 4, seed=2)
+        best = fit_keys(w_q, w_k, form=form).pair
+        least = torch.linalg.vector_norm(w_q - w_k @ best)
+        for seed in range(20):
+            change = 0.05 * draw(2, 4, 4, seed=seed + 3)
+            change = torch.diag_embed(change[:, 0]) if form == "diag" else change + change.mT
+            assert torch.linalg.vector_norm(w_q - w_k @ (best + change)) > least
+
+
+def rotated(x, angle, interleaved):
+    half = x.shape[-1] // 2
+    first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., :half], x[..., half:])
+    speed = torch.exp(-torch.arange(half, dtype=x.dtype))
+    cos, sin = torch.cos(angle[:, None] * speed), torch.sin(angle[:, None] * speed)
+    parts = first * cos - second * sin, second * cos + first * sin
+    return torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+
+
+class TestLayers:
+    def scores(self, layer, x, h, g, rotary):
+        """Return the scores of one head, whose first features turn with the position."""
+        out = []
+        for weight, bias, n in ((layer.query, layer.query_bias, h), (layer.key, layer.key_bias, g)):
+            y = x @ weight[n] + (0 if bias is None else bias[n])
+            turned = rotated(y[:, :rotary], torch.arange(len(x), dtype=x.dtype), layer.interleaved)
+            out.append(torch.cat((turned, y[:, rotary:]), -1))
+        return out[0] @ out[1].mT
+
+    @pytest.mark.parametrize("biased", [False, True])
+    @pytest.mark.parametrize("interleaved", [False, True])
+    @pytest.mark.parametrize("rotary", [0, 4, 6])
+    def test_equal_queries_and_keys_are_found_again(self, rotary, interleaved, biased):
+        """Weights from the layer's rows of features, biases included: the same weights of attention."""
+        weight, bias = draw(2, 8, 6), draw(2, 6, seed=1) if biased else None
+        layer = Projections(weight, weight, bias, bias, rotary, interleaved)
+        mean = draw(8, seed=2)
+        moments = Moments(mean, torch.eye(8, dtype=torch.float64) * 2 + torch.outer(mean, mean))
+        for given in (None, moments):
+            found = fit_layer(layer, given, None)
+            assert max(found.errors) < 1e-12
+            ours = Projections(found.weight, found.weight, found.bias, found.bias, rotary, interleaved)
+            x = draw(7, 8, seed=3)
+            for h in range(2):
+                wanted, scores = (self.scores(y, x, h, h, rotary).softmax(-1) for y in (layer, ours))
+                torch.testing.assert_close(scores, wanted, rtol=1e-8, atol=1e-9)
+
+    @pytest.mark.parametrize("groups", [1, 3])
+    @pytest.mark.parametrize("rotary", [0, 4])
+    def test_queries_made_of_keys_are_found_again(self, rotary, groups):
+        keys, mix = draw(2, 8, 4), draw(2 * groups, 4, 4, seed=1)
+        bias = draw(2, 4, seed=2)
+        query = keys.repeat_interleave(groups, 0) @ mix
+        query_bias = (bias.repeat_interleave(groups, 0)[:, None] @ mix).squeeze(1)
+        layer = Projections(query, keys, query_bias, bias, rotary)
+        found = fit_layer(layer, None, "full")
+        assert max(found.errors) < 1e-12 and len(found.errors) == 2 * groups
+        ours = Projections(
+            found.weight.repeat_interleave(groups, 0) @ found.pair,
+            found.weight,
+            (found.bias.repeat_interleave(groups, 0)[:, None] @ found.pair).squeeze(1),
+            found.bias,
+            rotary,
+        )
+        x = draw(7, 8, seed=3)
+        for h in range(2 * groups):
+            wanted, scores = (self.scores(y, x, h, h // groups, rotary).softmax(-1) for y in (layer, ours))
+            torch.testing.assert_close(scores, wanted, rtol=1e-8, atol=1e-9)
+
+    def test_errors_are_means_over_offsets(self):
+        """Measured on scores of all offsets; data weigh them by the inputs' moments."""
+        layer = Projections(draw(1, 6, 2), draw(1, 6, 2, seed=1), rotary=2)
+        x = draw(4000, 6, seed=2) * torch.tensor([3.0, 1, 1, 1, 0.1, 0.1])
+        moments = Moments(x.mean(0), x.mT @ x / len(x))
+        found = fit_layer(layer, moments, None)
+        turns = torch.exp(1j * torch.arange(16, dtype=torch.float64) * 2 * math.pi / 16)[:, None, None]
+        q, k, r = (torch.complex(w[0, :, :1], w[0, :, 1:]) for w in (layer.query, layer.key, found.weight))
+        for error, root in ((found.errors, torch.eye(6)), (found.weighted, torch.linalg.cholesky(moments.second).mT)):
+            root = root.to(torch.complex128)
+            exact, ours = ((turns * (root @ a) @ (root @ b).mH).real for a, b in ((q, k), (r, r)))
+            measured = ((exact - ours).square().sum() / exact.square().sum()).sqrt()
+            assert math.isclose(measured, error[0], rel_tol=1e-3)
