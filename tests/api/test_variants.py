@@ -7,7 +7,15 @@ from typing import ClassVar
 
 import pytest
 
-from attnrewrite import AttnRewriteError, SelectiveConfig, SSAConfig, VariantConfig, list_variants, register_variant
+from attnrewrite import (
+    AttnRewriteError,
+    RoutingConfig,
+    SelectiveConfig,
+    SSAConfig,
+    VariantConfig,
+    list_variants,
+    register_variant,
+)
 from attnrewrite.variants import VariantInfo, config_fields, parse_config
 
 
@@ -19,6 +27,8 @@ def test_configs_survive_json(config: VariantConfig) -> None:
 def test_configs_are_read_from_text() -> None:
     found = parse_config("selective", {"mode": "raw", "selection_head": "2", "protect_first": "no"})
     assert found == SelectiveConfig("raw", 2, False)
+    fields = {"routing_heads": "0, 3", "window_size": "none", "local_heads": "", "ema_decay": "0.9"}
+    assert parse_config("routing", fields) == RoutingConfig(routing_heads=(0, 3), ema_decay=0.9)
     for settings in ({"selection_head": "two"}, {"protect_first": "perhaps"}):
         with pytest.raises(AttnRewriteError, match="AR303"):
             parse_config("selective", settings)
@@ -43,4 +53,4 @@ def test_what_cannot_be_registered_is_said(name: str) -> None:
     config = type(list_variants()[0].config()) if name == "sdpa" else OtherConfig
     with pytest.raises(AttnRewriteError, match="AR314"):
         register_variant(VariantInfo(name, "", False, False, "", config))
-    assert [info.name for info in list_variants()] == ["sdpa", "selective", "ssa"]
+    assert [info.name for info in list_variants()] == ["sdpa", "selective", "ssa", "routing"]
