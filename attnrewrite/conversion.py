@@ -28,6 +28,8 @@ from attnrewrite.passes.rules.base import Request
 from attnrewrite.variants import Swap, VariantConfig
 from attnrewrite.verification import compare, outputs
 
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
 Plan = VariantConfig | str | Mapping[str, VariantConfig | str]
 
 
@@ -309,6 +311,10 @@ def install(
         names = tuple(name for name, _ in itertools.chain(holder.named_parameters(), holder.named_buffers()))
     swap = swap or Swap({})
     originals = {path: model.get_submodule(path) for path in swap.modules}
+    if config.learns_from_inputs:
+        # Each process has sums of its own until attnrewrite.update: DistributedDataParallel must not copy them.
+        prefix = ".".join(filter(None, (layer, config.variant)))
+        model.__dict__.setdefault(_DDP_IGNORES, []).extend(f"{prefix}.{name}" for name in names)
     hook = EnterHook(layer, config, names, originals, {**swap.details, "modules": list(originals)} if originals else {})
     if owner is model:
         model.forward = MarkedForward(hook, model, model.forward)
@@ -331,6 +337,10 @@ def _install(model: torch.nn.Module, layer: str, config: VariantConfig, site: At
 
 
 def _remove(model: torch.nn.Module) -> None:
+    added = tuple(prefix for prefix, _ in _holders(model))
+    ignored = [name for name in model.__dict__.pop(_DDP_IGNORES, ()) if not name.startswith(added)]
+    if ignored:  # the user's own
+        model.__dict__[_DDP_IGNORES] = ignored
     for path, hook in list(_named_hooks(model)):
         owner = model.get_submodule(path)
         marked = owner.__dict__.get("forward")

@@ -64,8 +64,9 @@ class Centroids(nn.Module):
         steps, count, total = map(self.get_buffer, ("steps", "step_count", "step_sum"))
         _sum_over_processes(count, total)
         rate = min(decay, WARM_DECAY) if int(steps) < warmup else decay
-        # A step in which the layer did not run leaves everything.
-        state = update(self.state, count, total, torch.where(count.sum() > 0, rate, 1.0))
+        moved, ran = update(self.state, count, total, rate), count.sum() > 0
+        # A step in which the layer did not run leaves everything; nothing waits for the answer.
+        state = CentroidState(*(torch.where(ran, new, old) for new, old in zip(moved, self.state, strict=True)))
         steps.add_(1)
         if reseed_every and int(steps) % reseed_every == 0:
             log.info("%s: smallest and largest cluster over the mean: %s", layer, balance(state.ema_count))

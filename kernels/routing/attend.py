@@ -147,7 +147,8 @@ def take(states: Tensor, numbers: Tensor) -> Tensor:
 def pair_index(bias: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
     """Return the index that reads a bias of four dimensions, some of size 1, at the pairs of a block."""
     B, H = queries.shape[:2]
-    zero = torch.zeros((), dtype=torch.int64, device=bias.device)
+    # With dimensions: an index without any is read as a number, which cannot be traced.
+    zero = torch.zeros((1,) * 5, dtype=torch.int64, device=bias.device)
     full = (
         torch.arange(B, device=bias.device).reshape(B, 1, 1, 1, 1),
         torch.arange(H, device=bias.device).reshape(1, H, 1, 1, 1),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from torch import fx
@@ -82,13 +82,21 @@ def _inputs(operand: Operand, inner: Dim) -> list[Operand]:
             return [Operand(*moved)]
         if op(node) == "cat" and isinstance(node.args[0], list | tuple):
             dim = int(argument(node, 1, "dim", 0)) % len(layout)
-            return [Operand(x, _fresh_axis(layout, dim, x)) for x in node.args[0] if is_node(x)]
+            parts = [x for x in node.args[0] if is_node(x) and len(shape(x)) == len(layout)]
+            if len(parts) == 1 == len(node.args[0]) - _empty(node.args[0]):
+                return [Operand(parts[0], layout)]
+            return [Operand(x, _fresh_axis(layout, dim, x)) for x in parts]
         if op(node) in _ELEMENTWISE:
             full = [x for x in node.args[:2] if is_node(x) and tensor(x) is not None and len(shape(x)) == len(layout)]
             return [Operand(x, broadcast(layout, x)) for x in full]
     except AxisError:
         return []
     return []
+
+
+def _empty(parts: Sequence[object]) -> int:
+    """Return how many parts are empty tensors without axes, with which key-value caches begin."""
+    return sum(is_node(x) and tuple(shape(x)) == (0,) for x in parts)
 
 
 def _fresh_axis(layout: Layout, dim: int, node: fx.Node) -> Layout:

@@ -12,7 +12,18 @@ import torch
 import torch.multiprocessing as mp
 from families import build
 from rich.console import Console
-from routing_conversion_support import BY_NAME, SETTINGS, buffers, first, holders, inputs_of, routed
+from routing_conversion_support import (
+    BY_NAME,
+    IDS,
+    SETTINGS,
+    buffers,
+    first,
+    holders,
+    inputs_of,
+    routed,
+    train_one_of_two,
+    trained,
+)
 from torch._dynamo.exc import BackendCompilerFailed
 
 import attnrewrite
@@ -20,8 +31,6 @@ from attnrewrite import AttnRewriteError, RoutingConfig, SelectiveConfig, SSACon
 from attnrewrite.conversion import new_state
 from attnrewrite.kernels.routing.centroids import CentroidState, accumulate, update
 from attnrewrite.kernels.routing.clusters import routing_features
-
-IDS = inputs_of("llama")["input_ids"]
 
 
 @pytest.fixture(autouse=True)
@@ -160,13 +169,6 @@ def test_a_layer_that_was_not_calibrated_does_not_run() -> None:
 # --- training --------------------------------------------------------------------------------------------
 
 
-def trained(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
-    model.train()
-    loss = first(model(ids, use_cache=False)).square().mean()
-    loss.backward()
-    return loss.detach()
-
-
 def test_the_first_batch_in_training_sets_the_centroids_and_the_next_ones_move_them() -> None:
     model = routed(ready=False)
     trained(model)
@@ -280,23 +282,11 @@ def test_buffers_stay_wide_when_the_model_becomes_narrow() -> None:
 # --- several processes -----------------------------------------------------------------------------------
 
 
-def _rank(rank: int, store: str, path: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    model = routed(ready=False, dtype=torch.float32)
-    with pytest.raises(AttnRewriteError, match="AR315"):
-        trained(model, IDS[rank : rank + 1])
-    attnrewrite.calibrate(model, [IDS])
-    trained(model, IDS[rank : rank + 1])
-    attnrewrite.update(model)
-    torch.save(buffers(model), f"{path}{rank}")
-    torch.distributed.destroy_process_group()
-
-
 def test_two_processes_learn_what_one_does_on_both_batches(tmp_path: Path) -> None:
-    mp.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
+    mp.spawn(train_one_of_two, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
     model = routed(ready=False, dtype=torch.float32)
     attnrewrite.calibrate(model, [IDS])
+    trained(model)
     trained(model)
     attnrewrite.update(model)
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]

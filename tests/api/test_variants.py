@@ -33,6 +33,8 @@ def test_configs_survive_json(config: VariantConfig) -> None:
 def test_configs_are_read_from_text() -> None:
     found = parse_config("selective", {"mode": "raw", "selection_head": "2", "protect_first": "no"})
     assert found == SelectiveConfig("raw", 2, False)
+    fields = {"routing_heads": "0, 3", "window_size": "none", "local_heads": "", "ema_decay": "0.9"}
+    assert parse_config("routing", fields) == RoutingConfig(routing_heads=(0, 3), ema_decay=0.9)
     for settings in ({"selection_head": "two"}, {"protect_first": "perhaps"}):
         with pytest.raises(AttnRewriteError, match="AR303"):
             parse_config("selective", settings)
