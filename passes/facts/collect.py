@@ -144,9 +144,9 @@ def is_cross(site: Attention) -> bool | None:
     """Whether keys come from another sequence than queries; None where it is not known."""
     owner = site.output.graph.owning_module
     assert owner is not None
-    row = Site(site.layer, site.source, "matched")
-    FactReader(Capture(owner, "dynamo")).fill(site, row)
-    return row.cross
+    reader = FactReader(Capture(owner, "dynamo"))
+    query, key = reader._trail(site.query.node), reader._trail(site.key.node)
+    return None if query is None or key is None else _known(lambda: reader._cross(site, query, key))
 
 
 def softmax_dtype(site: Attention) -> str | None:
