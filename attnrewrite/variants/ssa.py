@@ -22,14 +22,15 @@ ALMOST_IDENTITY = -7.4
 class SSAConfig(VariantConfig):
     """Selective self-attention by temperature (Zhang et al., NeurIPS 2024, arXiv 2411.12892).
 
-    gate: "head" gives every head its own weight vector over its own projected features.
+    gate: "head" gives every head its own weight vector over its own projected features, "full" over those of all
+        heads, "shared" one vector over those of all heads, for one temperature that all heads have in common.
     position: "linear" trains the gain of ln n itself, 0 at the start, so that a converted model is unchanged until it
         is trained; "sigmoid" trains α with gain σ(α), -7.4 at the start, for training from scratch.
     """
 
     variant: ClassVar[str] = "ssa"
 
-    gate: Literal["head"] = "head"
+    gate: Literal["head", "full", "shared"] = "head"
     position: Literal["linear", "sigmoid"] = "linear"
 
     @property
@@ -43,18 +44,18 @@ class SSAConfig(VariantConfig):
         return self.position == "linear"
 
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """Return gates [H, D], [Hkv, Dv] and gains of one layer. Raises VariantError AR307 for symbolic head counts."""
+        """Return gates and gains of one layer. Raises VariantError AR307 for symbolic head counts.
+
+        The gates are [H, D] and [Hkv, Dv]; "full" has one such matrix per head, "shared" one in all: [1, H, D].
+        """
         sizes = site.sizes()
         shape = {name: sizes[name] for name in ("H", "Hkv", "D", "Dv")}
         if not all(isinstance(n, int) for n in shape.values()):
             raise error("AR307", f"head counts and dims must be numbers, not {shape}", layer=site.layer)
-        shapes = {
-            "q_gate": (shape["H"], shape["D"]),
-            "v_gate": (shape["Hkv"], shape["Dv"]),
-            "q_gain": (),
-            "v_gain": (),
-        }
-        return self.empty_module(shapes).to(device)
+        gates = {"q_gate": (shape["H"], shape["D"]), "v_gate": (shape["Hkv"], shape["Dv"])}
+        if self.gate != "head":
+            gates = {name: (heads if self.gate == "full" else 1, heads, dim) for name, (heads, dim) in gates.items()}
+        return self.empty_module({**gates, "q_gain": (), "v_gain": ()}).to(device)
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the module with zero gates and initial gains, all fp32."""

@@ -22,7 +22,8 @@ def temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, position
 
     Args:
         projection: ``[B, H, L, D]``, the raw query (value) projection, before position embedding and norm.
-        gate: ``[H, D]``.
+        gate: ``[H, D]``, a vector per head on its own projection; ``[H, H, D]``, one on the projections of all heads;
+            ``[1, H, D]``, one for all heads together, which then have one token part.
         gain: number or 0-d tensor; the factor of the logarithm, after any sigmoid.
         positions: 1-based, integer or float, broadcastable to ``[B, H, L]``; below 1 (padding) counts as 1.
 
@@ -34,8 +35,13 @@ def temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, position
     """
     _check_temperature(projection, gate, gain, positions)
     dtype = accumulation_dtype(projection.dtype)
-    # A product and a sum, not a contraction: autocast would take that one back to 16 bit.
-    token = (F.gelu(projection.to(dtype)) * gate.to(dtype).unsqueeze(-2)).sum(dim=-1)  # [B, H, L]
+    active, weights = F.gelu(projection.to(dtype)), gate.to(dtype).unsqueeze(-2)
+    # Products and sums, not a contraction: autocast would take that one back to 16 bit.
+    if gate.dim() == 2:
+        token = (active * weights).sum(dim=-1)  # [B, H, L]
+    else:
+        token = torch.stack([(active * one).sum(dim=(1, 3)) for one in weights], 1)  # [B, H or 1, L]
+        token = token.expand(-1, projection.shape[1], -1)
     return torch.tanh(token) + 1 + gain * torch.log(positions.to(dtype).clamp(min=1))
 
 
@@ -120,10 +126,13 @@ def _check_temperature(projection: Tensor, gate: Tensor, gain: float | Tensor, p
         raise error(
             "AR402",
             f"projection has {projection.dim()} dimensions of {projection.dtype}; needed: 4, float",
-            hint="projection is [B, H, L, D], gate is [H, D]",
+            hint="projection is [B, H, L, D], gate is [H, D], [H, H, D] or [1, H, D]",
         )
     B, H, L, D = projection.shape
-    check_shape("gate", gate, "H x D", (H, D))
+    if gate.dim() == 3:
+        check_shape("gate", gate, "H x H x D, or 1 x H x D", (1 if gate.shape[0] == 1 else H, H, D))
+    else:
+        check_shape("gate", gate, "H x D", (H, D))
     check_broadcast("positions", positions, (B, H, L))
     if isinstance(gain, Tensor) and gain.dim() != 0:
         raise error("AR402", f"gain has {gain.dim()} dimensions; needed is a number or 0-d tensor", hint="")
