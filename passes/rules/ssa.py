@@ -23,14 +23,11 @@ class SSARule:
     def check(self, site: Attention, request: Request) -> None:
         """Refuse (AR307) where the query's raw projection cannot be found."""
         check_terms(site)
-        heads, width = site.sizes()["H"], site.sizes()["D"]
+        wanted = (site.sizes()["H"], site.sizes()["D"])
         gate = request.parameters.get("q_gate")
-        if gate is not None and tuple(gate.meta["val"].shape[-2:]) != (heads, width):
-            raise Reject(
-                "AR309",
-                f"the gates are for {tuple(gate.meta['val'].shape)}, the site has {(heads, width)}",
-                site.anchor,
-            )
+        if gate is not None and tuple(gate.meta["val"].shape[-2:]) != wanted:
+            detail = f"the gates are for {tuple(gate.meta['val'].shape[-2:])}, the site has {wanted}"
+            raise Reject("AR309", detail, site.anchor)
         projection(site, "query")
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:

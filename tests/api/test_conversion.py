@@ -34,10 +34,16 @@ def first(output: Any) -> Tensor:
 
 
 CAUSAL = ("llama", "gpt2", "opt", "gpt_neox", "gemma2")
-IDENTITY = [(name, SSAConfig()) for name in BY_NAME] + [(name, SelectiveConfig()) for name in CAUSAL]
+IDENTITY = (
+    [(name, SSAConfig()) for name in BY_NAME]
+    + [("llama", SSAConfig(gate="full")), ("t5", SSAConfig(gate="shared"))]
+    + [(name, SelectiveConfig()) for name in CAUSAL]
+)
 
 
-@pytest.mark.parametrize(("name", "config"), IDENTITY, ids=[f"{n}-{c.variant}" for n, c in IDENTITY])
+@pytest.mark.parametrize(
+    ("name", "config"), IDENTITY, ids=[f"{n}-{c.variant}-{getattr(c, 'gate', c)}" for n, c in IDENTITY]
+)
 def test_conversion_keeps_the_function_adds_live_parameters_and_is_undone(name: str, config: Any) -> None:
     family: Family = BY_NAME[name]
     model = build(family, "eager")
@@ -147,17 +153,6 @@ def test_generation_with_a_cache_equals_generation_without(impl: str) -> None:
     assert torch.equal(cached.sequences, whole.sequences)
     for a, b in zip(cached.logits, whole.logits, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
-
-
-def test_selective_refuses_to_continue_a_cache() -> None:
-    model = build(BY_NAME["llama"], "sdpa")
-    ids = BY_NAME["llama"].inputs()["input_ids"]
-    attnrewrite.convert(model, SelectiveConfig(), example_inputs=(ids,))
-    model.generation_config.pad_token_id = 0
-    with pytest.raises(BackendCompilerFailed, match="use_cache=False"):
-        model.generate(ids, max_new_tokens=3, do_sample=False)
-    out = model.generate(ids, max_new_tokens=3, min_new_tokens=3, do_sample=False, use_cache=False)
-    assert out.shape[1] == ids.shape[1] + 3
 
 
 def test_a_plan_of_several_variants_and_other_layers_left_alone() -> None:

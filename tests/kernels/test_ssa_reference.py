@@ -7,6 +7,7 @@ import pytest
 import torch
 from ssa_support import CLOSE, causal, spikiness_of, weights_and_lse
 
+from attnrewrite.kernels.diagnostics import LoweringError
 from attnrewrite.kernels.ssa.op import ssa_attention as in_strips
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 
@@ -229,6 +230,21 @@ class TestTemperature:
         torch.testing.assert_close(tau.double(), exact, rtol=2e-6, atol=0)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(temperature(projection, gate, 0.5, positions), tau)
+
+    @pytest.mark.parametrize("heads", [3, 1])
+    def test_gates_on_the_projections_of_all_heads(self, random_qkv, heads):
+        projection, *_ = random_qkv(2, 3, 3, 5, 4)
+        gate = torch.randn(heads, 3, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        flat = torch.nn.functional.gelu(projection).transpose(1, 2).flatten(2)  # [B, L, H·D]
+        token = (flat @ gate.flatten(1).T).mT.expand(-1, 3, -1)
+        tau = temperature(projection, gate, 0.5, torch.arange(1, 6))
+        torch.testing.assert_close(tau, token.tanh() + 1 + 0.5 * torch.arange(1, 6).double().log(), rtol=1e-12, atol=0)
+        own = torch.diag_embed(gate[0].mT).permute(1, 2, 0)  # "head" is "full" with a gate on other heads of 0
+        assert torch.equal(
+            temperature(projection, own, 0.0, torch.ones(5)), temperature(projection, gate[0], 0.0, torch.ones(5))
+        )
+        with pytest.raises(LoweringError, match="gate"):
+            temperature(projection, gate[:, :2], 0.0, torch.ones(5))
 
     def test_gradients_against_finite_differences(self, random_qkv):
         projection, *_ = random_qkv(1, 2, 2, 4, 3)
