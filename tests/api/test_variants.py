@@ -9,6 +9,7 @@ import pytest
 
 from attnrewrite import (
     AttnRewriteError,
+    RoutingConfig,
     SelectiveConfig,
     SSAConfig,
     SymmetricConfig,
