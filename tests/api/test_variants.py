@@ -10,7 +10,9 @@ import pytest
 from attnrewrite import (
     AttnRewriteError,
     RoutingConfig,
+    SEAConfig,
     SelectiveConfig,
+    SelectiveSSAConfig,
     SSAConfig,
     SymmetricConfig,
     VariantConfig,
@@ -23,6 +25,9 @@ CONFIGS = [
     SelectiveConfig("raw", 3, False),
     SSAConfig(position="sigmoid"),
     SymmetricConfig("symmetric", max_error=0.5),
+    RoutingConfig(routing_heads=(0, 3), local_heads=(1,), local_window=8),
+    SEAConfig(slices=64, positions="fourier"),
+    SelectiveSSAConfig(mode="raw", gate="full"),
 ]
 
 
