@@ -83,7 +83,8 @@ class EnterHook:
         if self.config.state_names:
             held = state_layer(module, args, kwargs, self.layer)
             state = {} if held is None else held.extend(self.config.new_state(holder, x))
-        return enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
+        marked: torch.Tensor = enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
+        return marked
 
 
 @dataclass

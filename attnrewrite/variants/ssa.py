@@ -52,9 +52,9 @@ class SSAConfig(VariantConfig):
         shape = {name: sizes[name] for name in ("H", "Hkv", "D", "Dv")}
         if not all(isinstance(n, int) for n in shape.values()):
             raise error("AR307", f"head counts and dims must be numbers, not {shape}", layer=site.layer)
-        gates = {"q_gate": (shape["H"], shape["D"]), "v_gate": (shape["Hkv"], shape["Dv"])}
+        gates: dict[str, tuple[int, ...]] = {"q_gate": (shape["H"], shape["D"]), "v_gate": (shape["Hkv"], shape["Dv"])}
         if self.gate != "head":
-            gates = {name: (heads if self.gate == "full" else 1, heads, dim) for name, (heads, dim) in gates.items()}
+            gates = {name: (size[0] if self.gate == "full" else 1, *size) for name, size in gates.items()}
         return self.empty_module({**gates, "q_gain": (), "v_gain": ()}).to(device)
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
