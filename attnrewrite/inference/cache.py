@@ -42,12 +42,13 @@ class SelectiveCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Return the bytes of memory that the cache holds: of whole storages, each once."""
-        held = [x for layer in self.layers for x in (layer.keys, layer.values, *getattr(layer, "state", {}).values())]
+        layers: list[Any] = self.layers
+        held = [x for layer in layers for x in (layer.keys, layer.values, *getattr(layer, "state", {}).values())]
         storages = [x.untyped_storage() for x in held if x is not None]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-class PrunedLayer(DynamicStateLayer):
+class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
     """A layer that holds at most ``budget`` tokens between calls; ``widest`` is the largest budget of the cache.
 
     The model makes one mask for all layers, so that in a call each layer looks as long as the widest one: what it does

@@ -17,7 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from attnrewrite.kernels.diagnostics import error
 
 
-class StateLayer(CacheLayerMixin):
+class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers has no types here
     """What the kinds below share: the state of sequences goes where their keys go."""
 
     state: dict[str, Tensor]
@@ -34,7 +34,7 @@ class StateLayer(CacheLayerMixin):
         super().reset()
         self.state = {}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take over the sequences ``beam_idx`` ``[B]``."""
         super().reorder_cache(beam_idx)
         self._each(lambda held: held.index_select(0, beam_idx.to(held.device)))
@@ -43,11 +43,11 @@ class StateLayer(CacheLayerMixin):
         self.state = {name: change(held) for name, held in self.state.items()}
 
 
-class DynamicStateLayer(StateLayer, DynamicLayer):
+class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
     """A layer that grows with every call."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers has no types here
         self.state = {}
 
     @classmethod
@@ -77,7 +77,7 @@ class DynamicStateLayer(StateLayer, DynamicLayer):
         self._each(lambda held: held[indices])
 
 
-class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):
+class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
     """A layer that keeps what the next query of a sliding window can see."""
 
     def __init__(self, sliding_window: int) -> None:
@@ -94,7 +94,7 @@ class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):
         self._each(lambda held: held[:, -self.sliding_window + 1 :])
 
 
-class StaticStateLayer(StateLayer, StaticLayer):
+class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
     """A layer of fixed size."""
 
     def __init__(self, max_cache_len: int) -> None:
