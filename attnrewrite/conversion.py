@@ -2,136 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from attnrewrite.backend import Backend, globs, resolve
-from attnrewrite.decoding import state_layer
+from attnrewrite.backend import Backend, globs
+from attnrewrite.choice import Chosen, Plan, choose, wishes
 from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
-from attnrewrite.kernels.diagnostics import closest, error
-from attnrewrite.passes.attention.form import Attention, Reject
+from attnrewrite.hooks import EnterHook, LeaveHook, MarkedForward
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.graph.capture import Capture
-from attnrewrite.passes.pipeline import Pipeline, not_applied
-from attnrewrite.passes.report import Site
-from attnrewrite.passes.rewriting import markers
-from attnrewrite.passes.rewriting.enter import enter
-from attnrewrite.passes.rewriting.select import matches
-from attnrewrite.passes.rules import RULES
-from attnrewrite.passes.rules.base import Request
+from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.variants import Swap, VariantConfig
 from attnrewrite.verification import compare, outputs
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
-
-Plan = VariantConfig | str | Mapping[str, VariantConfig | str]
-
-
-@dataclass
-class EnterHook:
-    """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
-
-    ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
-    and ``details`` what the replacement is. A plain object without handles, so that a converted model can be copied
-    and pickled.
-    """
-
-    layer: str
-    config: VariantConfig
-    names: tuple[str, ...]
-    originals: dict[str, torch.nn.Module] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        settings = self.config.to_dict()
-        self.variant = settings.pop("variant")
-        # Written once and not at each call, because Dynamo would have to trace the writing.
-        self.paths = [name.split(".") for name in self.names]
-        held = self.config.state_names
-        states = [(), held, (*held, "position"), (*held, "budget")] if held else [()]
-        self.sites = {
-            (state, learning): markers.encode(
-                self.layer,
-                self.variant,
-                settings,
-                self.names,
-                state,
-                learning=learning and self.config.learns_from_inputs,
-            )
-            for state in states
-            for learning in (False, True)
-        }
-
-    def __call__(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Replace the first floating-point tensor among the inputs by the marker's result."""
-        for index, value in enumerate(args):
-            if _is_layer_input(value):
-                marked = self._enter(module, value, args, kwargs)
-                return (*args[:index], marked, *args[index + 1 :]), kwargs
-        for key, value in kwargs.items():
-            if _is_layer_input(value):
-                return args, {**kwargs, key: self._enter(module, value, args, kwargs)}
-        raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
-
-    def _enter(
-        self, module: torch.nn.Module, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor:
-        holder = getattr(module, self.variant, None)
-        parameters = [functools.reduce(getattr, path, holder) for path in self.paths]
-        state: dict[str, torch.Tensor] = {}
-        if self.config.state_names:
-            held = state_layer(module, args, kwargs, self.layer)
-            state = {} if held is None else held.extend(self.config.new_state(holder, x))
-        marked: torch.Tensor = enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
-        return marked
-
-
-@dataclass
-class LeaveHook:
-    """Forward hook of a converted layer that keeps state in a cache: what the cache need not hold any more goes."""
-
-    layer: str
-
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Let the cache's layer settle."""
-        held = state_layer(module, args, kwargs, self.layer)
-        if held is not None:
-            held.settle()
-
-
-@dataclass
-class MarkedForward:
-    """The forward of a converted model that is itself the attention layer.
-
-    torch runs the hooks of a compiled model's outermost module outside the captured graph, so there the marker goes in
-    front of ``forward`` and not into a hook.
-    """
-
-    hook: EnterHook
-    module: torch.nn.Module
-    forward: Callable[..., Any]
-
-    @property
-    def __code__(self) -> Any:
-        """That of the model's own forward: torch.export looks where a forward was written."""
-        return self.forward.__code__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Mark the input, then run the model's own forward."""
-        args, kwargs = self.hook(self.module, args, kwargs)
-        return self.forward(*args, **kwargs)
-
-
-def _is_layer_input(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -175,12 +66,12 @@ def convert(
     """
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         raise error("AR102", "model is the result of torch.compile", hint="convert the model itself, then compile it")
-    choices = _choices(plan, globs(targets))
+    wanted = wishes(plan, globs(targets))
     if conversion_of(model) is not None:
         raise error("AR305", f"{type(model).__name__} carries {_describe(model)}")
     kwargs = dict(example_kwargs or {})
     capture = capture_model(model, example_inputs, kwargs)
-    chosen = _choose(Pipeline(verify=verify), capture, choices, globs(exclude))
+    chosen = choose(Pipeline(verify=verify), capture, wanted, globs(exclude))
     _check_names(model, chosen)
     swaps = _swaps(model, capture, chosen, lambda: _reference(model, example_inputs, kwargs))
     expected = _reference(model, example_inputs, kwargs) if verify else None
@@ -392,60 +283,6 @@ def _describe(model: torch.nn.Module) -> str:
     assert found is not None
     names = dict.fromkeys(config.variant for config in found.sites.values())
     return f"{', '.join(names)} in {len(found.sites)} layers"
-
-
-def _choices(plan: Plan, targets: tuple[str, ...]) -> list[tuple[tuple[str, ...], VariantConfig]]:
-    if isinstance(plan, Mapping):
-        return [((glob,), resolve(config)) for glob, config in plan.items()]
-    return [(targets, resolve(plan))]
-
-
-Chosen = dict[str, tuple[VariantConfig, Attention, Site]]
-
-
-def _choose(
-    pipeline: Pipeline,
-    capture: Capture,
-    choices: list[tuple[tuple[str, ...], VariantConfig]],
-    exclude: tuple[str, ...],
-) -> Chosen:
-    """Pick a config for every site, and check that each can be done."""
-    report, found = pipeline.inspect(capture)
-    if not report.sites:
-        raise error("AR201", f"{len(report.rejections)} softmaxes were found, none of them attention")
-    layers = list(dict.fromkeys(row.layer for row in report.sites))
-    for patterns, config in choices:
-        if not any(matches(layer, patterns) for layer in layers):
-            raise error("AR306", f"{' '.join(patterns)} ({config.variant}): {closest(patterns[0], layers)}")
-    chosen: Chosen = {}
-    failed: list[Site] = []
-    sites = dict(enumerate(found.attentions))
-    for number, row in enumerate(report.sites):
-        wanted = next((c for patterns, c in choices if matches(row.layer, patterns)), None)
-        if wanted is None or matches(row.layer, exclude) or wanted.variant == "sdpa":
-            continue
-        row.variant = wanted.variant
-        if number not in sites or not _covers(wanted, sites[number], row):
-            failed.append(row)
-        else:
-            chosen.setdefault(row.layer, (wanted, sites[number], row))
-    if failed:
-        raise not_applied(failed)
-    if not chosen:
-        raise error("AR306", f"nothing is left to convert among: {', '.join(layers)}")
-    return chosen
-
-
-def _covers(config: VariantConfig, site: Attention, row: Site) -> bool:
-    if row.status == "rejected":
-        return False
-    settings = config.to_dict()
-    try:
-        RULES[config.variant].check(site, Request(settings.pop("variant"), settings))
-    except Reject as reject:
-        row.rejections.append(reject.rejection(row.layer, row.source))
-        return False
-    return True
 
 
 def _swaps(model: torch.nn.Module, capture: Capture, chosen: Chosen, run: Callable[[], object]) -> dict[str, Swap]:

@@ -1,0 +1,117 @@
+"""Hooks: how a converted layer passes its new parameters and state to the backend."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from attnrewrite.decoding import state_layer
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.passes.rewriting import markers
+from attnrewrite.passes.rewriting.enter import enter
+from attnrewrite.variants import VariantConfig
+
+
+@dataclass
+class EnterHook:
+    """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
+
+    ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
+    and ``details`` what the replacement is. A plain object without handles, so that a converted model can be copied
+    and pickled.
+    """
+
+    layer: str
+    config: VariantConfig
+    names: tuple[str, ...]
+    originals: dict[str, torch.nn.Module] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        settings = self.config.to_dict()
+        self.variant = settings.pop("variant")
+        # Written once and not at each call, because Dynamo would have to trace the writing.
+        self.paths = [name.split(".") for name in self.names]
+        held = self.config.state_names
+        states = [(), held, (*held, "position"), (*held, "budget")] if held else [()]
+        self.sites = {
+            (state, learning): markers.encode(
+                self.layer,
+                self.variant,
+                settings,
+                self.names,
+                state,
+                learning=learning and self.config.learns_from_inputs,
+            )
+            for state in states
+            for learning in (False, True)
+        }
+
+    def __call__(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Replace the first floating-point tensor among the inputs by the marker's result."""
+        for index, value in enumerate(args):
+            if _is_layer_input(value):
+                marked = self._enter(module, value, args, kwargs)
+                return (*args[:index], marked, *args[index + 1 :]), kwargs
+        for key, value in kwargs.items():
+            if _is_layer_input(value):
+                return args, {**kwargs, key: self._enter(module, value, args, kwargs)}
+        raise error("AR309", "the layer was called without a floating-point tensor", layer=self.layer)
+
+    def _enter(
+        self, module: torch.nn.Module, x: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        holder = getattr(module, self.variant, None)
+        parameters = [functools.reduce(getattr, path, holder) for path in self.paths]
+        state: dict[str, torch.Tensor] = {}
+        if self.config.state_names:
+            held = state_layer(module, args, kwargs, self.layer)
+            state = {} if held is None else held.extend(self.config.new_state(holder, x))
+        marked: torch.Tensor = enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
+        return marked
+
+
+@dataclass
+class LeaveHook:
+    """Forward hook of a converted layer that keeps state in a cache: what the cache need not hold any more goes."""
+
+    layer: str
+
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Let the cache's layer settle."""
+        held = state_layer(module, args, kwargs, self.layer)
+        if held is not None:
+            held.settle()
+
+
+@dataclass
+class MarkedForward:
+    """The forward of a converted model that is itself the attention layer.
+
+    torch runs the hooks of a compiled model's outermost module outside the captured graph, so there the marker goes in
+    front of ``forward`` and not into a hook.
+    """
+
+    hook: EnterHook
+    module: torch.nn.Module
+    forward: Callable[..., Any]
+
+    @property
+    def __code__(self) -> Any:
+        """That of the model's own forward: torch.export looks where a forward was written."""
+        return self.forward.__code__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Mark the input, then run the model's own forward."""
+        args, kwargs = self.hook(self.module, args, kwargs)
+        return self.forward(*args, **kwargs)
+
+
+def _is_layer_input(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
