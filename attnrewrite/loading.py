@@ -187,7 +187,7 @@ def _load_weights(
     if options.attention:
         keywords["attn_implementation"] = options.attention
     try:
-        with _quiet():
+        with quiet():
             model, info = cls.from_pretrained(str(folder), **keywords)
     except Exception as cause:
         raise _load_failure(shown, options, cause) from cause
@@ -215,7 +215,7 @@ def _load_tokenizer(folder: Path, where: dict[str, str]) -> Any:
     """Return the tokenizer of ``folder``, None where there is none."""
     transformers = _require("transformers")
     try:
-        with _quiet():
+        with quiet():
             return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True, **where)
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -302,7 +302,7 @@ def _require(package: str) -> ModuleType:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the loader's bars and reports off the terminal: what matters of them is raised.
 
     The GGUF reader's bar knows no switch, so that stderr itself is taken away for the while.

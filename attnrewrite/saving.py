@@ -76,8 +76,11 @@ def save_conversion(
         files = sorted(source.iterdir()) if source.is_dir() else [source]
         left_out = {CONFIG, WEIGHTS, REPORT}
         if conversion.details and (weights := [f.name for f in files if ".safetensors" in f.suffixes]):
+            from attnrewrite.loading import quiet
+
             left_out |= set(weights)
-            _write_base(model, folder)
+            with quiet():
+                _write_base(model, folder)
         for file in files:
             if file.is_file() and file.name not in left_out:
                 shutil.copy2(file, folder / file.name)
