@@ -41,7 +41,10 @@ _PREPARE = (
     "import sys, time, torch, torch._dynamo, torch._inductor.compile_fx, torch._inductor.fx_passes.joint_graph as j;"
     "sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]; import attnrewrite; t = time.perf_counter();"
 )
-_REGISTRATION = {OURS: "import attnrewrite.passes.pipeline", THEIRS: "j.lazy_init(torch.device('cpu'))"}
+_REGISTRATION = {
+    OURS: "import attnrewrite.passes.pipeline as p; p.RULES['sdpa']",
+    THEIRS: "j.lazy_init(torch.device('cpu'))",
+}
 
 
 @dataclass
