@@ -24,7 +24,7 @@ class SelectiveRule:
     variant = "selective"
 
     def check(self, site: Attention, request: Request) -> None:
-        """Refuse (AR307) all but causal self-attention over whole sequences."""
+        """Refuse (AR307) all but causal self-attention, over whole sequences or with a cache that holds votes."""
         if request.state:
             _check_step(site, bounded="budget" in request.state)
         else:
@@ -132,11 +132,14 @@ def _check_step(site: Attention, *, bounded: bool) -> None:
 
 
 def _check_whole(site: Attention) -> None:
+    """Refuse (AR307) all but causal self-attention over whole sequences."""
     facts = site.visibility.facts
     if site.visibility.dense:
         raise Reject(
             "AR307", "selective attention needs a mask it understands; this one is custom", site.anchor, _NEAREST
         )
+    if facts.offset is None and same_length(site) and same(site.sizes()["L"], 1):
+        return  # one token: it sees itself, which is all there is
     if facts.offset is None:
         if same_length(site):
             raise Reject(
