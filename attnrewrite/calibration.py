@@ -92,7 +92,8 @@ def update(model: torch.nn.Module) -> None:
     """Move what the layers of a converted model learn apart from gradients; call it after each optimizer step.
 
     Routing: the centroids follow what was routed since the last call, in all processes together where
-    ``torch.distributed`` is initialised. Layers that saw nothing, and variants without such state, stay as they are.
+    ``torch.distributed`` is initialised. Selective with ``mode="ramp"``: the votes count a little more. Layers that saw
+    nothing, and variants without such state, stay as they are.
 
     Raises VariantError AR310 where the model is not converted.
     """

@@ -25,6 +25,7 @@ class SelectiveSSAConfig(SelectiveConfig, SSAConfig):
     mode: as of SelectiveConfig.
     selection_head: as of SelectiveConfig.
     protect_first: as of SelectiveConfig.
+    ramp_steps: as of SelectiveConfig.
     gate: as of SSAConfig.
     position: as of SSAConfig.
     parts: as of SSAConfig.
@@ -45,14 +46,21 @@ class SelectiveSSAConfig(SelectiveConfig, SSAConfig):
         return SelectiveConfig(self.mode).starts_as_identity and ssa.starts_as_identity
 
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """Return SSA's module with the parameter of selective attention. Raises VariantError AR307."""
+        """Return SSA's module with the factor of the votes. Raises VariantError AR307."""
         module = SSAConfig.module(self, site, device, dtype)
-        if SelectiveConfig(self.mode).adds_parameters:
-            votes = SelectiveConfig.module(self, site, device, dtype)
-            for name, parameter in votes.named_parameters():
-                module.register_parameter(name, parameter)
-        return module
+        return _with_votes(module, SelectiveConfig.module(self, site, device, dtype)) if self.mode != "raw" else module
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the same module, to load values into."""
-        return SSAConfig.empty_module(self, shapes)
+        votes = {name: shape for name, shape in shapes.items() if name in ("gamma", "steps")}
+        rest = {name: shape for name, shape in shapes.items() if name not in votes}
+        return _with_votes(SSAConfig.empty_module(self, rest), SelectiveConfig.empty_module(self, votes))
+
+
+def _with_votes(module: torch.nn.Module, votes: torch.nn.Module) -> torch.nn.Module:
+    """Move the state of ``votes`` into ``module``."""
+    for name, parameter in votes.named_parameters():
+        module.register_parameter(name, parameter)
+    for name, buffer in votes.named_buffers():
+        module.register_buffer(name, buffer)
+    return module

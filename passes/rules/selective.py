@@ -19,7 +19,7 @@ _NEAREST = "causal self-attention over a whole sequence, masked by positions, pa
 
 
 class SelectiveRule:
-    """Modes ``raw`` (no parameters) and ``gate`` (one factor ``gamma`` per layer)."""
+    """Votes that count in full, or by the layer's factor ``gamma``."""
 
     variant = "selective"
 
