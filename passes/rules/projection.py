@@ -76,7 +76,8 @@ def _inputs(operand: Operand, inner: Dim) -> list[Operand]:
     try:
         if op(node) in ("slice", "narrow") and is_node(node.args[0]):
             dim = int(argument(node, 1, "dim", 0)) % len(layout)
-            return [Operand(node.args[0], _fresh_axis(layout, dim, node.args[0]))]
+            whole = same(shape(node)[dim], shape(node.args[0])[dim])
+            return [Operand(node.args[0], layout if whole else _fresh_axis(layout, dim, node.args[0]))]
         moved = backward(layout, node)
         if moved is not None:
             return [Operand(*moved)]

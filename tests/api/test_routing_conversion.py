@@ -14,6 +14,7 @@ from families import build
 from rich.console import Console
 from routing_conversion_support import (
     BY_NAME,
+    CONFIG,
     IDS,
     SETTINGS,
     buffers,
@@ -332,6 +333,15 @@ def test_the_config_survives_json_and_says_what_is_wrong() -> None:
             RoutingConfig(**fields)
 
 
+def test_batches_of_several_sizes_share_a_graph() -> None:
+    """Sizes that are symbols hide no projection."""
+    model = routed()
+    with torch.no_grad():
+        alone = torch.cat([first(model(IDS[n : n + 1], use_cache=False)) for n in range(2)])
+        together = first(model(IDS.repeat(2, 1)[:3], use_cache=False))
+    assert torch.allclose(together[:2], alone, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("name", "config", "reason"),
     [
@@ -362,7 +372,7 @@ def test_generation_needs_no_cache() -> None:
 
 def test_a_plan_holds_routing_beside_other_variants() -> None:
     model = build(BY_NAME["t5"], "eager")
-    plan = {"*EncDecAttention": RoutingConfig(**SETTINGS, rule="topw"), "decoder.*": SelectiveConfig(), "*": "routing"}
+    plan = {"*EncDecAttention": RoutingConfig(**SETTINGS, rule="topw"), "decoder.*": SelectiveConfig(), "*": CONFIG}
     inputs = inputs_of("t5")
     attnrewrite.convert(model, plan, example_kwargs=inputs)
     attnrewrite.calibrate(model, [inputs])

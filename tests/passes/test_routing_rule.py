@@ -35,6 +35,18 @@ class Bidirectional(NanoGPT):
         return self.c_proj(joined(torch.softmax(q @ k.mT / 8**0.5, -1) @ v))
 
 
+class Biased(nn.Module):
+    """A learned bias per head and pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.bias = nn.Linear(WIDTH, 3 * WIDTH), nn.Parameter(torch.randn(4, 13, 13))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split(self.c_attn(x))
+        return joined(torch.softmax(q @ k.mT / 8**0.5 + self.bias, -1) @ v)
+
+
 class Crossed(nn.Module):
     """Queries of one sequence, keys and values of another."""
 
@@ -112,6 +124,21 @@ def test_heads_of_a_group_route_by_the_centroids_of_their_key_head() -> None:
         state = {name: getattr(holder, name)[own : own + 1] for name in ("centroids", "center_query", "center_key")}
         expected[:, one] = routing_attention(q[:, one], k[:, one], v[:, one], rule="topw", window_size=4, **state)
     assert torch.allclose(model(X), expected.transpose(1, 2).reshape(2, 13, WIDTH), **CLOSE)
+
+
+def test_a_bias_is_learned() -> None:
+    model = Biased()
+    holder = routed(model, RoutingConfig(3, 4), X)
+    state = {name: getattr(holder, name) for name in ("centroids", "center_query", "center_key")}
+    expected = joined(
+        routing_attention(*split(model.c_attn(X)), attn_mask=model.bias, rule="topw", window_size=4, **state)
+    )
+    found = model(X)
+    assert torch.allclose(found, expected, **CLOSE)
+    weight = torch.randn_like(found)
+    theirs, ours = (torch.autograd.grad((out * weight).sum(), model.bias)[0] for out in (expected, found))
+    assert float(theirs.abs().max()) > 0
+    assert torch.allclose(ours, theirs, **CLOSE)
 
 
 def test_layouts_do_not_matter() -> None:
