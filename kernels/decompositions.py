@@ -20,16 +20,24 @@ def decompositions() -> dict[Any, Decomposition]:
 
     Importing the operators defines them, which takes its time.
     """
+    import attnrewrite.kernels.routing.learn
     import attnrewrite.kernels.routing.op
     import attnrewrite.kernels.sea.op
     import attnrewrite.kernels.selective.op
     import attnrewrite.kernels.ssa.op
-    import attnrewrite.kernels.symmetric.op  # noqa: F401  # defines the operators, as the four before
-    from attnrewrite.kernels.routing.decomposition import routing_attention
+    import attnrewrite.kernels.symmetric.op  # noqa: F401  # defines the operators, as the five before
+    from attnrewrite.kernels.routing.decomposition import routing_attention, routing_ready
     from attnrewrite.kernels.sea.decomposition import sea_attention
     from attnrewrite.kernels.selective.decomposition import selective_attention
     from attnrewrite.kernels.ssa.decomposition import ssa_attention
     from attnrewrite.kernels.symmetric.decomposition import symmetric_attention
 
-    functions = (routing_attention, sea_attention, selective_attention, ssa_attention, symmetric_attention)
+    functions = (
+        routing_attention,
+        routing_ready,
+        sea_attention,
+        selective_attention,
+        ssa_attention,
+        symmetric_attention,
+    )
     return {getattr(torch.ops.attnrewrite, function.__name__).default: function for function in functions}

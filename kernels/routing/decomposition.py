@@ -1,4 +1,4 @@
-"""The operator ``attnrewrite::routing_attention`` in operators of torch, in dense form.
+"""The operators ``attnrewrite::routing_attention``, in dense form, and ``routing_ready`` in operators of torch.
 
 A graph for other compilers has static shapes and no searches, so here membership is a mask ``[B, H, G, L, S]`` over all
 pairs in place of lists of positions: G = C groups for ``topw``, one for ``argmax_window``.
@@ -47,6 +47,11 @@ def routing_attention(
         valid = both(valid, valid_tokens(attn_mask, *key.shape[::2]))
         meets = _windows if rule == "argmax_window" else _clusters
         return _attend(scored_from(routed, options, vectors), meets(vectors, options, valid)).to(query.dtype)
+
+
+def routing_ready(centroids: Tensor, steps: Tensor) -> Tensor:
+    """Return the centroids; that they are set is checked when a program is made, not when it runs."""
+    return centroids.clone()
 
 
 def _attend(scored: Scored, meets: Tensor) -> Tensor:

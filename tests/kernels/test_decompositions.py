@@ -19,8 +19,11 @@ from attnrewrite.kernels.sdpa.decomposition import scaled_dot_product_attention
 
 B, H, HKV, D, DV = 2, 4, 2, 4, 3
 TABLE = decompositions()
-NAMES = sorted(str(operator) for operator in TABLE)
-NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward")
+READY = "attnrewrite.routing_ready.default"
+NAMES = sorted({str(operator) for operator in TABLE} - {READY})
+"""The attentions; beside them there is one operator that only checks."""
+NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward", "routing_learn", "selective_decode")
+"""Markers, gradients, centroids that follow the data, and decoding with a cache, which a program does not hold."""
 VISIBLE = [(True, None), (True, 3), (False, None)]
 
 
@@ -115,7 +118,14 @@ def test_computes_what_the_operator_computes(name: str, L: int) -> None:
 def test_every_operator_of_an_inference_graph_has_one() -> None:
     ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("attnrewrite::")]
     needed = [name for name in ours if not any(part in name for part in NO_PART_OF_INFERENCE)]
-    assert {f"attnrewrite.{name.partition('::')[2]}.default" for name in needed} == set(NAMES)
+    assert {f"attnrewrite.{name.partition('::')[2]}.default" for name in needed} == {*NAMES, READY}
+
+
+def test_the_check_of_centroids_returns_them() -> None:
+    centroids = torch.randn(2, 3, D)
+    ready = torch.ops.attnrewrite.routing_ready.default
+    for steps in (0, 5):
+        assert torch.equal(TABLE[ready](centroids, torch.tensor(steps)), ready(centroids, torch.tensor(steps)))
 
 
 @pytest.mark.parametrize("name", NAMES)
