@@ -10,10 +10,10 @@ from torch import fx
 
 from attnrewrite.passes.attention.form import Attention, Operand, Reject
 from attnrewrite.passes.facts.names import weight_name
+from attnrewrite.passes.facts.projection import only_moved, projection
 from attnrewrite.passes.facts.provenance import Provenance, Unknown
 from attnrewrite.passes.graph.axes import Layout, arrange
 from attnrewrite.passes.graph.nodes import layer_path
-from attnrewrite.passes.rules.projection import only_moved, projection
 
 
 @dataclass(eq=False, repr=False)

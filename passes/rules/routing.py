@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
+from attnrewrite.passes.facts.projection import projection
 from attnrewrite.passes.graph.axes import same
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.rules.projection import projection
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
 
 _NEAREST = "self-attention over a whole sequence, masked by positions or padding only"

@@ -10,8 +10,8 @@ from torch import fx
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors
+from attnrewrite.passes.facts.projection import projection
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.rules.projection import projection
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
 
 
