@@ -9,11 +9,12 @@ from torch import fx
 
 from attnrewrite.kernels.strips import draw_seed
 from attnrewrite.kernels.visibility import accumulation_dtype
-from attnrewrite.passes.attention.form import NEGLIGIBLE, Attention, Reject
+from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.graph.axes import same
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
+from attnrewrite.passes.rules.steps import check_causal, step_mask
 
 _NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
 
@@ -97,14 +98,10 @@ class SelectiveRule:
 
 def _mask(t: SiteTensors, *, whole: bool) -> torch.Tensor | None:
     """Return the mask [B|1, H|1, L|1, S]: boolean, or a bias. Over a ``whole`` sequence, causality is a flag."""
-    bias = t.bias()
-    if whole:
-        padding, documents = t.padding(), t.documents()
-        seen = padding if documents is None else documents if padding is None else padding & documents
-    else:
-        seen = t.visible()
-        if bias is not None and not t.site.visibility.bias_is_small:  # it may be a mask that was made elsewhere
-            bias = bias.masked_fill(bias <= max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2), float("-inf"))
+    if not whole:
+        return step_mask(t)
+    bias, padding, documents = t.bias(), t.padding(), t.documents()
+    seen = padding if documents is None else documents if padding is None else padding & documents
     if bias is None:
         return seen
     return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
@@ -125,10 +122,7 @@ def _check_step(site: Attention, *, bounded: bool) -> None:
     if bounded and (seen.bias or seen.facts.window is not None):
         what = "a window" if seen.facts.window is not None else "a bias"
         raise Reject("AR307", f"{what} needs the places of keys, which a cache with budgets does not keep", site.anchor)
-    masked = seen.facts.offset is not None or seen.dense or not seen.bias_is_small
-    if not masked and not same(site.sizes()["L"], 1):
-        detail = "selective attention is defined for causal attention; here new queries see all keys"
-        raise Reject("AR307", detail, site.anchor, _NEAREST)
+    check_causal(site)
 
 
 def _check_whole(site: Attention) -> None:

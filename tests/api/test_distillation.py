@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_definition() -> None:
         k = t.key().repeat_interleave(2, 1)
         seen = torch.ones(n, n).tril().bool()
         A = (t.query() @ k.mT * t.site.scores.alpha).masked_fill(~seen, -torch.inf).softmax(-1)
-        z = estimate(t, at.request.config).estimated
+        z = estimate(t, at.request.config)[0].estimated
         column = torch.zeros(n, n, dtype=torch.long)
         for i in range(n):
             edges = [(2 * m * (i + 1) + M) // (2 * M) for m in range(M + 1)]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build
+from generation import IDS, LENGTH, MASK, PLACES, REAL, stepwise, whole
 from tiny import llama
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -18,11 +19,6 @@ from attnrewrite import AttnRewriteError, SelectiveConfig
 from attnrewrite.inference import SelectiveCache, search_budgets
 
 BY_NAME = {family.name: family for family in FAMILIES}
-LENGTH = 14
-IDS = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-MASK = torch.ones_like(IDS).index_put((torch.tensor(0), torch.arange(3)), torch.tensor(0))  # three pads on the left
-PLACES = (MASK.cumsum(-1) - 1).clamp(min=0)
-REAL = MASK.bool()
 
 
 def converted(model: nn.Module, plan: Any = None) -> Any:
@@ -42,23 +38,6 @@ def model() -> Any:
     found = converted(llama())
     found.generation_config.update(eos_token_id=None, pad_token_id=0, max_new_tokens=6)
     return found
-
-
-def stepwise(model: Any, cache: Any, cuts: tuple[int, ...]) -> Tensor:
-    """Return the logits of the real tokens, computed in pieces that end at ``cuts``."""
-    out, start = [], 0
-    with torch.no_grad():
-        for stop in (*cuts, LENGTH):
-            given = {"attention_mask": MASK[:, :stop], "position_ids": PLACES[:, start:stop]}
-            out.append(model(IDS[:, start:stop], past_key_values=cache, **given).logits)
-            start = stop
-    return torch.cat(out, 1)[REAL]
-
-
-def whole(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(IDS, attention_mask=MASK, position_ids=PLACES, use_cache=False).logits[REAL]
-        return found
 
 
 MANNERS = {
