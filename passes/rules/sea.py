@@ -17,7 +17,7 @@ from attnrewrite.kernels.sea.estimator import (
     causal_estimate,
     is_causal,
 )
-from attnrewrite.kernels.sea.losses import approximation_loss, slice_widths, teacher_statistics
+from attnrewrite.kernels.sea.losses import approximation_loss, attention_loss, slice_widths, teacher_statistics
 from attnrewrite.kernels.sea.slices import Rule
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
@@ -163,6 +163,21 @@ def approximation(t: SiteTensors, config: Mapping[str, Any]) -> torch.Tensor:
     )
     widths = slice_widths(t.length, config["slices"], device=q.device, **masks)
     return approximation_loss(estimate(t, config)[0].estimated, teacher, widths)
+
+
+def joint_approximation(
+    t: SiteTensors, config: Mapping[str, Any], teacher: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Return the losses of a site's estimate and of its dense attention against that of a ``teacher``, a number.
+
+    Queries and keys of the teacher are as they are scored, [B, H, L, D] and [B, Hkv, L, D].
+    """
+    q, k = common_dtype(t.query(), t.key())
+    masks = {"scale": t.site.scores.alpha, "enable_gqa": t.grouped, **visibility(t), "padding": padding(t)}
+    statistics = teacher_statistics(*teacher, config["slices"], t.bias(), **masks)
+    widths = slice_widths(t.length, config["slices"], device=q.device, **visibility(t), padding=padding(t))
+    approximated = approximation_loss(estimate(t, config)[0].estimated, statistics, widths)
+    return approximated + attention_loss(q, k, *teacher, t.bias(), **masks)
 
 
 def visibility(t: SiteTensors) -> dict[str, Any]:
