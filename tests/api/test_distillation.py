@@ -189,7 +189,7 @@ def test_the_joint_loss_is_that_of_the_definition() -> None:
     hidden = torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
     p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
     kl = (p * (p / q).log()).sum(-1).mean()
-    own = 5 * hidden + 0.2 * kl + 0.1 * ours.loss
+    own = float((5 * hidden + 0.2 * kl + 0.1 * ours.loss).detach())
     assert float(step.total.detach()) == pytest.approx(
         statistics.fmean(step.layers.values()) + float(own.detach()), rel=1e-5
     )
