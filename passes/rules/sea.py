@@ -21,6 +21,7 @@ from attnrewrite.kernels.sea.losses import approximation_loss, attention_loss, s
 from attnrewrite.kernels.sea.slices import Rule
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
+from attnrewrite.passes.masks.documents import from_positions
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype
 from attnrewrite.passes.rules.steps import check_causal, continues, first_position, put, real_tokens, step_mask
@@ -195,7 +196,7 @@ def _check_mask(site: Attention) -> None:
     seen = site.visibility
     if seen.dense:
         raise _reject(site, "SEA cuts the keys that a query sees into slices, and this mask is custom")
-    if seen.documents and seen.facts.offset is None:
+    if seen.documents and (seen.facts.offset is None or not all(map(from_positions, seen.documents))):
         raise _reject(site, "SEA cuts slices from one sequence, and this mask splits it into packed documents")
     if seen.bias_may_hide:
         raise _reject(site, "SEA counts the keys that a query sees, and a bias that is added here may hide some")
