@@ -96,7 +96,7 @@ def _output_loss(ours: Any, theirs: Any) -> Tensor | float:
         loss = loss + HIDDEN * torch.stack(errors).mean()
     logits, wanted = getattr(ours, "logits", None), getattr(theirs, "logits", None)
     if isinstance(logits, Tensor) and isinstance(wanted, Tensor):
-        pair = (x.float().flatten(0, -2).log_softmax(-1) for x in (logits, wanted))
-        loss = loss + LOGITS * F.kl_div(*pair, reduction="batchmean", log_target=True)
+        found, sought = (x.float().flatten(0, -2).log_softmax(-1) for x in (logits, wanted))
+        loss = loss + LOGITS * F.kl_div(found, sought, reduction="batchmean", log_target=True)
     own = getattr(ours, "loss", None)
     return loss + TASK * own if isinstance(own, Tensor) else loss

@@ -158,7 +158,8 @@ def attention_loss(
     padding, bias = key_padding(attn_mask, L, padding)
     rows = visible_rows(L, L, is_causal=is_causal, window=window, padding=padding, device=query.device)
     step = max(1, _CHUNK // max(1, B * H * L))
-    kl, squared = query.new_zeros((), dtype=accumulation_dtype(query.dtype)), 0.0
+    kl = query.new_zeros((), dtype=accumulation_dtype(query.dtype))
+    squared = torch.zeros_like(kl)
     with full_precision(query.device):
         for start in range(0, max(L, 1), step):
             part = slice(start, start + step)

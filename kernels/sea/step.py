@@ -113,12 +113,12 @@ sparse_step.register_autograd(_differentiate, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.attnrewrite.sea_decode)
 def _flops(query: Any, key: Any, value: Any, *others: Any, **_: Any) -> int:
-    return _pairs(query, key, others) * 2 * (query[-1] + value[-1])
+    return _pairs(query, key, others) * 2 * int(query[-1] + value[-1])
 
 
 @register_flop_formula(torch.ops.attnrewrite.sea_decode_backward)
 def _backward_flops(grad: Any, query: Any, key: Any, value: Any, *others: Any, **_: Any) -> int:
-    return _pairs(query, key, others) * 2 * (3 * query[-1] + 2 * value[-1])
+    return _pairs(query, key, others) * 2 * int(3 * query[-1] + 2 * value[-1])
 
 
 def _pairs(query: Any, key: Any, others: tuple[Any, ...]) -> int:

@@ -68,14 +68,16 @@ def key_layout(site: Attention, *, newest: bool) -> Layout:
 
 def newest_key(site: Attention) -> Operand:
     """Return the keys that a call adds to those of a cache, as the cache takes them. Raises Reject (AR307)."""
+    others = set(flat((*site.batch, *site.kv_heads, *site.inner)))
     for operand in _ancestors(site.key, flat(site.inner)):
-        node, cols = operand.node, flat(site.cols)
+        node = operand.node
         added: object = None
         if op(node) == "cat" and isinstance(node.args[0], list | tuple):
             added, dim = node.args[0][-1], int(argument(node, 1, "dim", 0)) % len(operand.layout)
         elif op(node) == "index_copy":
             added, dim = node.args[3], int(argument(node, 1, "dim")) % len(operand.layout)
-        if is_node(added) and flat(operand.layout[dim]) == cols:
+        # The positions, or more of them: before anything is hidden, transformers cuts off what is not written yet.
+        if is_node(added) and not others & set(flat(operand.layout[dim])):
             return Operand(added, (*operand.layout[:dim], flat(site.rows), *operand.layout[dim + 1 :]))
     near = "keys that are joined to those of a cache, or written into it, by position"
     raise Reject("AR307", "where the call's own keys enter the cache was not found", site.anchor, near)

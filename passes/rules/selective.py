@@ -14,7 +14,7 @@ from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.graph.axes import same
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
-from attnrewrite.passes.rules.steps import check_causal, step_mask
+from attnrewrite.passes.rules.steps import check_causal, held, step_mask
 
 _NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
 
@@ -72,12 +72,13 @@ class SelectiveRule:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
             whole, bounded = same_length(t.site) and not t.site.visibility.dense, "budget" in t.extra
             one = q.new_ones((), dtype=accumulation_dtype(q.dtype))
+            states = [held(t, name) for name in ("votes", "protected")]
             out, votes, protected = step(
                 q,
                 k,
                 v,
                 t.extra.get("gamma", one),
-                *(t.extra[name].clone() for name in ("votes", "protected")),  # backward needs them as they are now
+                *(state.clone() for state in states),  # backward needs them as they are now
                 _newest(t) if bounded and not whole else _mask(t, whole=whole),
                 t.extra.get("position"),
                 draw_seed(q, t.site.dropout),
@@ -89,8 +90,8 @@ class SelectiveRule:
                 head,
                 protect,
             )
-            t.extra["votes"].copy_(votes)
-            t.extra["protected"].copy_(protected)
+            for state, after in zip(states, (votes, protected), strict=True):
+                state.copy_(after)
             return out if bounded else empty_rows(t, out, q, k, v, forward=True)
 
         return continued if request.state else selective

@@ -51,11 +51,15 @@ def real_tokens(t: SiteTensors, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def put(t: SiteTensors, name: str, new: torch.Tensor) -> torch.Tensor:
-    """Write ``[B, L, ...]`` of the new tokens into the state ``name``; return it whole, ``[B, S, ...]``."""
-    held = t.extra[name]
-    new = new.to(held.dtype)
+    """Write ``[B, L, ...]`` of the new tokens into the state ``name``; return that of all keys, ``[B, S, ...]``."""
+    state, new = t.extra[name], new.to(t.extra[name].dtype)
     if "position" in t.extra:
-        held.index_copy_(1, torch.arange(t.length, device=held.device) + t.extra["position"], new)
+        state.index_copy_(1, torch.arange(t.length, device=state.device) + t.extra["position"], new)
     else:
-        held.narrow(1, t.width - t.length, t.length).copy_(new)
-    return held
+        state.narrow(1, t.width - t.length, t.length).copy_(new)
+    return held(t, name)
+
+
+def held(t: SiteTensors, name: str) -> torch.Tensor:
+    """Return the state ``name`` of the call's keys, ``[B, S, ...]``; they may be the first in a cache of fixed size."""
+    return t.extra[name].narrow(1, 0, t.width)

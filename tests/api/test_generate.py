@@ -40,6 +40,7 @@ def model() -> Any:
     return found
 
 
+STATIC = {"cache_implementation": "static"}
 MANNERS = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 2.0},
@@ -51,7 +52,7 @@ MANNERS = {
 def test_tokens_are_those_of_generation_without_a_cache(model: Any, manner: str) -> None:
     settings = {**MANNERS[manner], "output_logits": True, "return_dict_in_generate": True}
     found = []
-    for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+    for cache in ({"use_cache": False}, {}, STATIC):
         torch.manual_seed(1)
         found.append(model.generate(IDS[:, :9], attention_mask=MASK[:, :9], **settings, **cache))
     expected, *cached = found
@@ -60,6 +61,13 @@ def test_tokens_are_those_of_generation_without_a_cache(model: Any, manner: str)
         for a, b in zip(other.logits, expected.logits, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
     assert (type(cached[0].past_key_values), type(cached[1].past_key_values)) == (DynamicCache, StaticCache)
+
+
+def test_a_prompt_without_padding_in_a_cache_of_fixed_size(model: Any) -> None:
+    """transformers gives such a prompt no mask, and only the places of the cache that it fills."""
+    settings = {"attention_mask": torch.ones_like(MASK[:, :9]), "do_sample": False, "max_new_tokens": 3}
+    found = [model.generate(IDS[:, :9], **settings, **how) for how in ({"use_cache": False}, STATIC)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
