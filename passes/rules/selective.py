@@ -80,7 +80,7 @@ class SelectiveRule:
                 t.extra.get("gamma", one),
                 *(state.clone() for state in states),  # backward needs them as they are now
                 _newest(t) if bounded and not whole else _mask(t, whole=whole),
-                t.extra.get("position"),
+                None if whole else t.extra.get("position"),
                 draw_seed(q, t.site.dropout),
                 t.extra.get("budget"),
                 t.site.scores.alpha,
