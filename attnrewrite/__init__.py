@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attnrewrite.backend import Backend as Backend
     from attnrewrite.calibration import calibrate as calibrate
     from attnrewrite.calibration import update as update
+    from attnrewrite.commitment import with_commitment as with_commitment
     from attnrewrite.conversion import convert as convert
     from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
@@ -84,6 +85,7 @@ _PUBLIC = {
     "save_pretrained": "saving",
     "unregister_pattern": "patterns",
     "update": "calibration",
+    "with_commitment": "commitment",
 }
 
 __all__ = sorted([*_PUBLIC, "__version__"])

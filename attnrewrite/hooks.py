@@ -36,8 +36,8 @@ class EnterHook:
         self.variant = settings.pop("variant")
         # Written once and not at each call, because Dynamo would have to trace the writing.
         self.paths = [name.split(".") for name in self.names]
-        held = self.config.state_names
-        states = [(), held, (*held, "position"), (*held, "budget")] if held else [()]
+        held, summary = self.config.state_names, self.config.summary_names
+        states = [(), *((*held, *more, *summary) for more in ((), ("position",), ("budget",)) if held)]
         self.sites = {
             (state, learning): markers.encode(
                 self.layer,
@@ -72,7 +72,9 @@ class EnterHook:
         state: dict[str, torch.Tensor] = {}
         if self.config.state_names:
             held = state_layer(module, args, kwargs, self.layer)
-            state = {} if held is None else held.extend(self.config.new_state(holder, x))
+            fresh = {} if held is None else self.config.new_state(holder, x)
+            if fresh:
+                state = held.extend(fresh) | held.summarize(self.config.new_summary(holder, x))
         marked: torch.Tensor = enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
         return marked
 

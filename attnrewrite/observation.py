@@ -29,12 +29,14 @@ Batch = torch.Tensor | Sequence[Any] | Mapping[str, Any]
 class Observed:
     """One attention while the model runs: ``tensors`` hold real values, ``tensors.extra`` what the variant reads.
 
-    ``request`` is what a conversion wants here; in a model that is not converted, the exact rewrite.
+    ``request`` is what a conversion wants here; in a model that is not converted, the exact rewrite. ``output``
+    ``[B, H, L, Dv]`` is what the variant gives, in a model that runs as what it was converted to.
     """
 
     site: Attention
     request: Request
     tensors: SiteTensors
+    output: torch.Tensor | None = None
 
 
 def observe(model: torch.nn.Module, batches: Iterable[Batch], see: Callable[[Observed], None]) -> None:
@@ -53,12 +55,20 @@ def outputs_observed(
     see: Callable[[Observed], None],
     *,
     converted: bool = False,
+    learning: bool = False,
 ) -> Iterator[Any]:
-    """Do what ``observe`` does, and yield what the model gives for each batch; ``converted`` runs it as what it is."""
+    """Do what ``observe`` does, and yield what the model gives for each batch.
+
+    ``converted`` runs it as what it is, ``learning`` with gradients and in the mode that it is in.
+    """
     run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
     for batch in batches:
         args, kwargs = call(batch)
-        with uncompiled(model), evaluating(model), without_cache(model, kwargs) as inputs:
+        with (
+            uncompiled(model),
+            torch.enable_grad() if learning else evaluating(model),
+            without_cache(model, kwargs) as inputs,
+        ):
             result = run(*args, **inputs)
         yield result
 
@@ -98,8 +108,9 @@ class _Backend:
         def tap(found: torch.Tensor, *values: Any) -> torch.Tensor:
             by_node = dict(zip(nodes, values, strict=True))
             tensors = SiteTensors(site, by_node, {name: by_node[node] for name, node in extra.items()})
-            self.see(Observed(site, request, tensors))
-            return tensors.result(rule.function(request)(tensors)) if replaced else found
+            output = rule.function(request)(tensors) if replaced else None
+            self.see(Observed(site, request, tensors, output))
+            return found if output is None else tensors.result(output)
 
         with site.output.graph.inserting_after(max([site.output, *nodes])):
             seen = site.output.graph.call_function(tap, (site.output, *nodes))

@@ -22,12 +22,13 @@ def decompositions() -> dict[Any, Decomposition]:
     """
     import attnrewrite.kernels.routing.learn
     import attnrewrite.kernels.routing.op
+    import attnrewrite.kernels.sea.documents
     import attnrewrite.kernels.sea.op
     import attnrewrite.kernels.selective.op
     import attnrewrite.kernels.ssa.op
-    import attnrewrite.kernels.symmetric.op  # noqa: F401  # defines the operators, as the five before
+    import attnrewrite.kernels.symmetric.op  # noqa: F401  # defines the operators, as those before
     from attnrewrite.kernels.routing.decomposition import routing_attention, routing_ready
-    from attnrewrite.kernels.sea.decomposition import sea_attention
+    from attnrewrite.kernels.sea.decomposition import sea_attention, sea_one_document
     from attnrewrite.kernels.selective.decomposition import selective_attention
     from attnrewrite.kernels.ssa.decomposition import ssa_attention
     from attnrewrite.kernels.symmetric.decomposition import symmetric_attention
@@ -36,6 +37,7 @@ def decompositions() -> dict[Any, Decomposition]:
         routing_attention,
         routing_ready,
         sea_attention,
+        sea_one_document,
         selective_attention,
         ssa_attention,
         symmetric_attention,

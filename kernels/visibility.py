@@ -19,6 +19,7 @@ def visible(
     window: int | None = None,
     attn_mask: Tensor | None = None,
     device: torch.device | None = None,
+    first: int | Tensor = 0,
 ) -> Tensor | None:
     """Return the boolean mask of visible keys, True = visible, or None when every key is visible.
 
@@ -30,6 +31,7 @@ def visible(
         window: with ``is_causal``, key j must also satisfy i - j < window.
         attn_mask: boolean (True = visible) or additive (-inf = invisible), broadcastable to ``[B, H, L, S]``.
         device: where the mask is built.
+        first: the position of query 0 among the keys, for ``is_causal``.
 
     Returns:
         A tensor that broadcasts to ``[B, 1 or H, L, S]``, or None.
@@ -40,7 +42,7 @@ def visible(
     check_window(window, is_causal)
     seen = None
     if is_causal:
-        lag = torch.arange(L, device=device).unsqueeze(-1) - torch.arange(S, device=device)  # [L, S]
+        lag = torch.arange(L, device=device).unsqueeze(-1) + first - torch.arange(S, device=device)  # [L, S]
         seen = lag >= 0
         if window is not None:
             seen = seen & (lag < window)

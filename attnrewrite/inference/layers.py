@@ -1,8 +1,9 @@
 """Layers of transformers' caches that hold, per cached key, what a variant needs beside key and value.
 
-That is a tensor ``[B, S, ...]`` by name in ``state``, for the S keys that the layer gives to the next call. A converted
-layer puts one of these in the place of an ordinary one when it first meets an empty cache, so that any cache of these
-kinds of layers serves, also the one that ``generate`` makes.
+That is a tensor ``[B, S, ...]`` by name in ``state``, for the S keys that the layer gives to the next call, and one of
+fixed size ``[B, ...]`` in ``summary``, of all tokens so far. A converted layer puts one of these in the place of an
+ordinary one when it first meets an empty cache, so that any cache of these kinds of layers serves, also the one that
+``generate`` makes.
 """
 
 from __future__ import annotations
@@ -21,10 +22,17 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transform
     """What the kinds below share: the state of sequences goes where their keys go."""
 
     state: dict[str, Tensor]
+    summary: dict[str, Tensor]
 
     def extend(self, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Append ``[B, L, ...]`` for the next L keys; return the state of all keys, for the call to write into."""
         raise NotImplementedError
+
+    def summarize(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the summary, which begins as ``empty``, for the call to write into."""
+        if not self.summary:
+            self.summary = dict(empty)
+        return dict(self.summary)
 
     def settle(self) -> None:
         """Let go of what no later call needs. Called when the layer has attended."""
@@ -32,7 +40,7 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transform
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.state = {}
+        self.state, self.summary = {}, {}
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Take over the sequences ``beam_idx`` ``[B]``."""
@@ -40,7 +48,9 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transform
         self._each(lambda held: held.index_select(0, beam_idx.to(held.device)))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change all that is held, sequence by sequence."""
         self.state = {name: change(held) for name, held in self.state.items()}
+        self.summary = {name: change(held) for name, held in self.summary.items()}
 
 
 class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
@@ -48,7 +58,7 @@ class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-ca
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers has no types here
-        self.state = {}
+        self.state, self.summary = {}, {}
 
     @classmethod
     def like(cls, layer: Any) -> DynamicStateLayer:
@@ -62,9 +72,12 @@ class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-ca
         return dict(self.state)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens (VariantError AR323): what they did to the state of other keys cannot be undone."""
-        if tokens_to_remove:
-            raise error("AR323", f"{abs(tokens_to_remove)} tokens are to be removed, and their votes are counted")
+        """Remove tokens. Raises VariantError AR323 where what they did to other state cannot be undone."""
+        if tokens_to_remove and (self.summary or "votes" in self.state):
+            what = "sums hold them" if self.summary else "their votes are counted"
+            raise error("AR323", f"{abs(tokens_to_remove)} tokens are to be removed, and {what}")
+        super().crop(tokens_to_remove)
+        self.state = {name: held[:, : self.get_seq_length()] for name, held in self.state.items()}
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
@@ -82,7 +95,7 @@ class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):  # type: 
 
     def __init__(self, sliding_window: int) -> None:
         DynamicSlidingWindowLayer.__init__(self, sliding_window)
-        self.state = {}
+        self.state, self.summary = {}, {}
 
     @classmethod
     def like(cls, layer: Any) -> SlidingStateLayer:
@@ -91,7 +104,13 @@ class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):  # type: 
 
     def settle(self) -> None:
         """Keep the state of the keys that are kept."""
-        self._each(lambda held: held[:, -self.sliding_window + 1 :])
+        self.state = {name: held[:, -self.sliding_window + 1 :] for name, held in self.state.items()}
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to remove tokens (VariantError AR323): the state of keys that come back into the window is gone."""
+        if tokens_to_remove:
+            detail = f"{abs(tokens_to_remove)} tokens are to be removed, and what came before the window is gone"
+            raise error("AR323", detail)
 
 
 class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
@@ -99,7 +118,7 @@ class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)
-        self.state = {}
+        self.state, self.summary = {}, {}
 
     @classmethod
     def like(cls, layer: Any) -> StaticStateLayer:

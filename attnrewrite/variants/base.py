@@ -144,6 +144,18 @@ class VariantConfig:
         """
         return {}
 
+    @property
+    def summary_names(self) -> tuple[str, ...]:
+        """What a key-value cache holds per sequence, beside ``state_names``: the names of ``new_summary``."""
+        return ()
+
+    def new_summary(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what the cache holds of no tokens, ``[B, ...]`` by name; the rewrite writes into it.
+
+        Arguments as in ``new_state``.
+        """
+        return {}
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the module that holds the parameters and buffers of one layer, at their initial values."""
         raise NotImplementedError

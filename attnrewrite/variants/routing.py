@@ -88,9 +88,29 @@ class RoutingConfig(VariantConfig):
         """Centroids follow what the layer routes."""
         return True
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The cluster of each key per KV head that routes; queries too, where they are the keys."""
+        if self.rule == "topw":  # has no decoding that equals its whole pass
+            return ()
+        return ("clusters", "queries") if self.shared_qk else ("clusters",)
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return places for the clusters ``[B, L, Hc]`` of new keys, and for queries ``[B, L, Hc, D]``."""
+        import torch
+
+        assert holder is not None
+        sets, _, width = holder.get_buffer("centroids").shape
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        places = {
+            "clusters": x.new_zeros(*x.shape[:2], sets, dtype=torch.int32),
+            "queries": x.new_zeros(*x.shape[:2], sets, width, dtype=kind),
+        }
+        return {name: places[name] for name in self.state_names}
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return centroids [Hc, C, D] of one layer, not yet set; Hc counts the KV heads that route."""
-        from attnrewrite.passes.rules.routing import Heads
+        from attnrewrite.passes.rules.heads import Heads
 
         sets = len(Heads.of(site, self.to_dict()).sets)
         return self.empty_module({"centroids": (sets, self.clusters, site.sizes()["D"])}).to(device)

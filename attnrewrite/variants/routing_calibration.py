@@ -16,7 +16,8 @@ from attnrewrite.kernels.routing.mass import Captured, captured, met_pairs, near
 from attnrewrite.kernels.routing.prepare import Options, Routed
 from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax
 from attnrewrite.passes.attention.site import SiteTensors, same_length
-from attnrewrite.passes.rules.routing import Heads, routed, routing_arguments, take, valid_keys
+from attnrewrite.passes.rules.heads import Heads, take
+from attnrewrite.passes.rules.routing import routed, routing_arguments, valid_keys
 
 if TYPE_CHECKING:
     from attnrewrite.observation import Observed

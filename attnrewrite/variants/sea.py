@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.variants.base import VariantConfig
@@ -71,6 +71,44 @@ class SEAConfig(VariantConfig):
         """The estimator of every layer."""
         return True
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Which keys are real."""
+        return ("real",)
+
+    @property
+    def summary_names(self) -> tuple[str, ...]:
+        """The estimator's sums, its last rows before either convolution, the real tokens, the sum of the values."""
+        return ("sums", "outer", "inner", "length", "values")
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """No token is real yet; nothing is held where the estimator is not causal."""
+        import torch
+
+        return {"real": x.new_zeros(x.shape[:2], dtype=torch.bool)} if hasattr(holder, "kv_heads") else {}
+
+    def new_summary(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return sums ``[B, Hkv, F, D + Dv + 1]`` and ``[B, Hkv, Dv]``, rows ``[B, ch H, 4, M / cs]``, counts ``[B]``.
+
+        Sums are float32 (float64).
+        """
+        import torch
+
+        from attnrewrite.kernels.sea.cnn import REACH
+
+        estimator: Any = holder
+        B, Hkv, (F, D) = x.shape[0], estimator.kv_heads.shape[0], estimator.features.shape
+        Dv = (estimator.encode.weight.shape[1] - D) // 2
+        kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = (B, estimator.cnn.first.weight.shape[0], REACH, estimator.cnn.norm.weight.shape[0])
+        return {
+            "sums": x.new_zeros(B, Hkv, F, D + Dv + 1, dtype=kind),
+            "outer": x.new_zeros(rows, dtype=kind),
+            "inner": x.new_zeros(rows, dtype=kind),
+            "length": x.new_zeros(B, dtype=torch.int64),
+            "values": x.new_zeros(B, Hkv, Dv, dtype=kind),
+        }
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the estimator of one layer, float32, at its start. Raises VariantError AR307 for symbolic sizes.
 
@@ -79,12 +117,16 @@ class SEAConfig(VariantConfig):
         import torch
 
         sizes = site.sizes()
-        H, D, Dv = (sizes[name] for name in ("H", "D", "Dv"))
-        if not all(isinstance(n, int) for n in (H, D, Dv)):
-            raise error("AR307", f"head counts and dims must be numbers, not {(H, D, Dv)}", layer=site.layer)
+        H, Hkv, D, Dv = (sizes[name] for name in ("H", "Hkv", "D", "Dv"))
+        if not all(isinstance(n, int) for n in (H, Hkv, D, Dv)):
+            raise error("AR307", f"head counts and dims must be numbers, not {(H, Hkv, D, Dv)}", layer=site.layer)
+        causal = site.visibility.facts.offset is not None
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
-            return self._estimator(H, D, Dv, site.visibility.facts.offset is not None).float().to(device)
+            holder = self._estimator(H, D, Dv, causal).float()
+        if causal:
+            holder.register_buffer("kv_heads", torch.zeros(Hkv, 0))  # says by its shape how large a cache's sums are
+        return holder.to(device)
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the estimator with zeros."""
@@ -98,7 +140,7 @@ class SEAConfig(VariantConfig):
                 if folder not in dict(inner.named_children()):
                     inner.add_module(folder, torch.nn.Module())
                 inner = inner.get_submodule(folder)
-            if path == "features":
+            if path in ("features", "kv_heads"):
                 inner.register_buffer(name, torch.zeros(shape))
             else:
                 inner.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))

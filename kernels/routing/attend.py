@@ -31,6 +31,7 @@ class Scored:
     is_causal: bool = False
     window: int | None = None
     shared_qk: bool = False
+    first: int | Tensor = 0  # the position of query 0 among the keys
 
 
 class Gathered(NamedTuple):
@@ -91,7 +92,7 @@ def gathered(scored: Scored, block: Block) -> Gathered:
     query = take(scored.query, query_rows)
     key, value = unseen_as_zero(visible, take(scored.key, key_rows), take(scored.value, key_rows))
     bias = None if scored.bias is None else scored.bias[pair_index(scored.bias, queries, keys)]
-    fixed = queries.unsqueeze(-1) == keys.unsqueeze(-2) if scored.shared_qk else None
+    fixed = queries.unsqueeze(-1) + scored.first == keys.unsqueeze(-2) if scored.shared_qk else None
     weights = pair_weights(query, key, visible, scored.scale, bias, fixed)
     return Gathered(query_rows, key_rows, query, key, value, weights, fixed)
 
@@ -122,9 +123,9 @@ def seen(scored: Scored, block: Block) -> Tensor:
     if met is not None:
         pairs = pairs & met
     if scored.is_causal:
-        pairs = pairs & (j <= i)
+        pairs = pairs & (j <= i + scored.first)
     if scored.window is not None:
-        pairs = pairs & (i - j < scored.window)
+        pairs = pairs & (i + scored.first - j < scored.window)
     if scored.bias is not None:
         pairs = pairs & (scored.bias[pair_index(scored.bias, queries, keys)] != float("-inf"))
     return pairs

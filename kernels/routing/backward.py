@@ -26,11 +26,13 @@ def routing_attention_backward(grad: Tensor, routed: Routed, options: Options) -
         scored, selection = prepare(routed, options)
         selection = tiled(selection)
         dquery, dkey, dvalue = attend_backward(scored, selection, grad.to(scored.query.dtype))
-        if options.shared_qk:
+        shared = options.shared_qk and routed.key_cluster is None
+        if shared:
             dquery, dkey = dquery + dkey, torch.zeros_like(routed.key)
         if options.logits == "normed":
             dquery = features_backward(dquery, routed.query, routed.center_query)
-            dkey = dkey if options.shared_qk else features_backward(dkey, routed.key, routed.center_key)
+            center = routed.center_query if options.shared_qk else routed.center_key
+            dkey = dkey if shared else features_backward(dkey, routed.key, center)
     return dquery.to(routed.query.dtype), dkey.to(routed.key.dtype), dvalue.to(routed.value.dtype)
 
 

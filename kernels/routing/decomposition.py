@@ -11,9 +11,8 @@ from torch import Tensor
 
 from attnrewrite.kernels.largest import among_largest
 from attnrewrite.kernels.routing.attend import Scored, pair_weights, unseen_as_zero
-from attnrewrite.kernels.routing.clusters import nearest
 from attnrewrite.kernels.routing.prepare import Options, Routed, Vectors, both, score_vectors, scored_from, valid_tokens
-from attnrewrite.kernels.routing.selection import wanted_width
+from attnrewrite.kernels.routing.selection import assigned, wanted_width
 from attnrewrite.kernels.visibility import full_precision, repeat_kv, visible
 
 
@@ -28,6 +27,8 @@ def routing_attention(
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
     valid: Tensor | None = None,
+    key_cluster: Tensor | None = None,
+    position: Tensor | None = None,
     rule: str = "argmax_window",
     window_size: int | None = None,
     shared_qk: bool = False,
@@ -39,14 +40,29 @@ def routing_attention(
 ) -> Tensor:
     """Compute what the operator computes, with all pairs scored; a NaN reaches all queries that see its token."""
     routed = Routed(
-        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+        query,
+        key,
+        value,
+        centroids,
+        attn_mask,
+        center_query,
+        center_key,
+        routing_query,
+        routing_key,
+        valid,
+        key_cluster,
+        position,
     )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     with full_precision(query.device):
         vectors = score_vectors(routed, options)
         valid = both(valid, valid_tokens(attn_mask, *key.shape[::2]))
-        meets = _windows if rule == "argmax_window" else _clusters
-        return _attend(scored_from(routed, options, vectors), meets(vectors, options, valid)).to(query.dtype)
+        scored = scored_from(routed, options, vectors)
+        if rule == "argmax_window":
+            meets = _windows(vectors, options, valid, scored.first)
+        else:
+            meets = _clusters(vectors, options, valid)
+        return _attend(scored, meets).to(query.dtype)
 
 
 def routing_ready(centroids: Tensor, steps: Tensor) -> Tensor:
@@ -58,28 +74,39 @@ def _attend(scored: Scored, meets: Tensor) -> Tensor:
     """Return the mean over the groups of each query of its attention there, ``[B, H, L, Dv]``; 0 if it has none."""
     H, L, S = *scored.query.shape[1:3], scored.key.shape[2]
     seen = visible(
-        L, S, is_causal=scored.is_causal, window=scored.window, attn_mask=scored.bias, device=scored.query.device
+        L,
+        S,
+        is_causal=scored.is_causal,
+        window=scored.window,
+        attn_mask=scored.bias,
+        device=scored.query.device,
+        first=scored.first,
     )
     if seen is not None:
         meets = meets & (seen if seen.dim() == 2 else seen.unsqueeze(2))
     key, value = (repeat_kv(states, H).unsqueeze(2) for states in (scored.key, scored.value))
     key, value = unseen_as_zero(meets, key, value)
     bias = None if scored.bias is None else scored.bias.unsqueeze(2)
-    itself = torch.eye(L, dtype=torch.bool, device=key.device) if scored.shared_qk else None
+    itself = _own(L, S, scored.first, key.device) if scored.shared_qk else None
     weights = pair_weights(scored.query.unsqueeze(2), key, meets, scored.scale, bias, itself)
     hits = meets.any(dim=-1).sum(dim=2).clamp(min=1)  # [B, H, L]
     return (weights @ value).sum(dim=2) / hits.unsqueeze(-1)
 
 
-def _windows(vectors: Vectors, options: Options, valid: Tensor | None) -> Tensor:
-    """Return the pairs of ``select_windows``, ``[B, H, 1, L, L]``."""
-    asked = nearest(vectors.query_affinity, valid)  # [B, H, L]
-    offered = nearest(vectors.key_affinity, valid)
+def _own(L: int, S: int, first: int | Tensor, device: torch.device) -> Tensor:
+    """Return which key is each query's own, ``[L, S]``."""
+    return torch.arange(L, device=device).unsqueeze(-1) + first == torch.arange(S, device=device)
+
+
+def _windows(vectors: Vectors, options: Options, valid: Tensor | None, first: int | Tensor) -> Tensor:
+    """Return the pairs of ``select_windows``, ``[B, H, 1, L, S]``."""
+    L, keys = vectors.query_affinity.shape[2], vectors.key_affinity
+    position = torch.arange(L, device=keys.device) + first
+    asked, offered, real = assigned(vectors.query_affinity, keys, valid, position)
     offered = offered.repeat_interleave(asked.shape[1] // offered.shape[1], dim=1)
     width = wanted_width(options.window_size, vectors.query_affinity)
     before = width if options.is_causal else width - width // 2
-    position = torch.arange(asked.shape[2], device=asked.device)
-    behind = position.unsqueeze(-1) >= position  # [L, L], key j at or before query i
+    behind = position.unsqueeze(-1) >= torch.arange(keys.shape[2], device=keys.device)  # [L, S], key j not after i
     same = asked.unsqueeze(-1) == offered.unsqueeze(-2)
     earlier = same & behind
     later_of_them = earlier.sum(-1, keepdim=True) - earlier.cumsum(-1)  # keys of the cluster in (j, i]
@@ -88,9 +115,9 @@ def _windows(vectors: Vectors, options: Options, valid: Tensor | None) -> Tensor
         later = same & ~behind
         meets = meets | (later & (later.cumsum(-1) <= width // 2))
     if not options.shared_qk:
-        meets = meets | (behind & behind.mT)
-    if valid is not None:
-        meets = meets & valid[:, None, :, None]
+        meets = meets | _own(L, keys.shape[2], first, keys.device)
+    if real is not None:
+        meets = meets & real[:, None, :, None]
     return meets.unsqueeze(2)
 
 

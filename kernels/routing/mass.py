@@ -31,9 +31,14 @@ def met_pairs(routed: Routed, options: Options) -> Tensor:
     return met.reshape(B, H, L, S)
 
 
-def near_pairs(L: int, S: int, window: int, *, is_causal: bool, device: torch.device | None = None) -> Tensor:
-    """Return which keys lie within ``window`` positions, ``[L, S]``: i - window < j <= i, or |i - j| < window."""
-    lag = torch.arange(L, device=device).unsqueeze(-1) - torch.arange(S, device=device)
+def near_pairs(
+    L: int, S: int, window: int, *, is_causal: bool, device: torch.device | None = None, first: int | Tensor = 0
+) -> Tensor:
+    """Return which keys lie within ``window`` positions, ``[L, S]``: i - window < j <= i, or |i - j| < window.
+
+    ``first`` is the position of query 0 among the keys.
+    """
+    lag = torch.arange(L, device=device).unsqueeze(-1) + first - torch.arange(S, device=device)
     return (lag < window) & (lag >= 0 if is_causal else lag > -window)
 
 

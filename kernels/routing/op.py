@@ -41,6 +41,8 @@ def routing_attention(
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
     valid: Tensor | None = None,
+    key_cluster: Tensor | None = None,
+    position: Tensor | None = None,
     paper_causal: bool = False,
 ) -> Tensor:
     """Compute ``reference.routing_attention``: by the operator where it has the options, else by the reference."""
@@ -55,6 +57,8 @@ def routing_attention(
         "routing_query": routing_query,
         "routing_key": routing_key,
         "valid": valid,
+        "key_cluster": key_cluster,
+        "position": position,
         "paper_causal": paper_causal,
         "is_causal": is_causal,
         "scale": scale,
@@ -86,6 +90,8 @@ def routing_attention_op(
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
     valid: Tensor | None = None,
+    key_cluster: Tensor | None = None,
+    position: Tensor | None = None,
     rule: str = "argmax_window",
     window_size: int | None = None,
     shared_qk: bool = False,
@@ -104,7 +110,18 @@ def routing_attention_op(
         LoweringError: AR402, arguments that do not fit together, or an ``attn_mask`` that requires a gradient.
     """
     routed = Routed(
-        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+        query,
+        key,
+        value,
+        centroids,
+        attn_mask,
+        center_query,
+        center_key,
+        routing_query,
+        routing_key,
+        valid,
+        key_cluster,
+        position,
     )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     check_attention(query, key, value, attn_mask, is_causal=is_causal, enable_gqa=True, window=window)
@@ -127,6 +144,8 @@ def routing_attention_backward_op(
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
     valid: Tensor | None = None,
+    key_cluster: Tensor | None = None,
+    position: Tensor | None = None,
     rule: str = "argmax_window",
     window_size: int | None = None,
     shared_qk: bool = False,
@@ -138,7 +157,18 @@ def routing_attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, given that of the output."""
     routed = Routed(
-        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+        query,
+        key,
+        value,
+        centroids,
+        attn_mask,
+        center_query,
+        center_key,
+        routing_query,
+        routing_key,
+        valid,
+        key_cluster,
+        position,
     )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     return routing_attention_backward(grad, routed, options)

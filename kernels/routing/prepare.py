@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -43,22 +44,31 @@ class Routed(NamedTuple):
     routing_query: Tensor | None = None  # [B, H, L, D]
     routing_key: Tensor | None = None  # [B, Hkv, S, D]
     valid: Tensor | None = None  # [B, S]
+    key_cluster: Tensor | None = None  # [B, Hkv, S]
+    position: Tensor | None = None  # 0-d
+
+    @property
+    def first(self) -> int | Tensor:
+        """Where the first query stands among the keys."""
+        if self.key_cluster is None:
+            return 0
+        return self.key.shape[2] - self.query.shape[2] if self.position is None else self.position
 
 
 class Vectors(NamedTuple):
-    """Query and key as scored, float32 (float64), and the affinities of both."""
+    """Query and key as scored, float32 (float64), and the affinities of both; of cached keys the clusters."""
 
     query: Tensor  # [B, H, L, D]
     key: Tensor  # [B, Hkv, S, D]
     query_affinity: Tensor  # [B, H, L, C]
-    key_affinity: Tensor  # [B, Hkv, S, C]; with shared_qk the same tensor
+    key_affinity: Tensor  # [B, Hkv, S, C]; with shared_qk the same tensor; [B, Hkv, S] where they are known
 
 
 def prepare(routed: Routed, options: Options) -> tuple[Scored, Selection]:
     """Return what is scored and the selection. The arguments have been checked."""
     vectors = score_vectors(routed, options)
     valid = both(routed.valid, valid_tokens(routed.attn_mask, *routed.key.shape[::2]))
-    return scored_from(routed, options, vectors), _select(vectors, options, valid)
+    return scored_from(routed, options, vectors), _select(vectors, options, valid, routed.first)
 
 
 def scored_from(routed: Routed, options: Options, vectors: Vectors) -> Scored:
@@ -73,6 +83,7 @@ def scored_from(routed: Routed, options: Options, vectors: Vectors) -> Scored:
         options.is_causal,
         options.window,
         options.shared_qk,
+        routed.first,
     )
 
 
@@ -82,6 +93,10 @@ def score_vectors(routed: Routed, options: Options) -> Vectors:
     query, query_affinity = _one_side(
         routed.query, routed.routing_query, routed.center_query, routed.centroids, normed, dtype
     )
+    if routed.key_cluster is not None:
+        center = routed.center_query if options.shared_qk else routed.center_key
+        key = routing_features(routed.key, center) if normed else routed.key.to(dtype)
+        return Vectors(query, key, query_affinity, routed.key_cluster.long().contiguous())
     if options.shared_qk:
         return Vectors(query, query, query_affinity, query_affinity)
     key, key_affinity = _one_side(routed.key, routed.routing_key, routed.center_key, routed.centroids, normed, dtype)
@@ -105,10 +120,13 @@ def both(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a & b
 
 
-def _select(vectors: Vectors, options: Options, valid: Tensor | None) -> Selection:
+def _select(vectors: Vectors, options: Options, valid: Tensor | None, first: int | Tensor) -> Selection:
     queries, keys = vectors.query_affinity, vectors.key_affinity
     if options.rule == "argmax_window":
-        return select_windows(queries, keys, options.window_size, is_causal=options.is_causal, valid=valid)
+        windows = select_windows(
+            queries, keys, options.window_size, is_causal=options.is_causal, valid=valid, first=first
+        )
+        return replace(windows, alone=None) if options.shared_qk else windows
     query_valid = valid if queries.shape[2] == keys.shape[2] else None
     return select_clusters(queries, keys, options.window_size, query_valid, valid)
 
@@ -180,7 +198,9 @@ def _check_lengths(routed: Routed, options: Options) -> None:
     L, S = routed.query.shape[2], routed.key.shape[2]
     if L < 1 or S < 1:
         raise error("AR402", f"query has {L} positions and key {S}; needed is one at least", hint="")
-    if L != S and (options.rule != "topw" or options.is_causal or options.shared_qk):
+    if routed.key_cluster is not None:
+        _check_cached(routed, options)
+    elif L != S and (options.rule != "topw" or options.is_causal or options.shared_qk):
         raise error(
             "AR402",
             f"query has {L} positions and key {S}; only rule='topw', not causal and not shared, takes two sequences",
@@ -192,6 +212,24 @@ def _check_lengths(routed: Routed, options: Options) -> None:
             "rule is 'topw' and is_causal is True; later tokens would decide which earlier ones a cluster takes",
             hint="use rule='argmax_window', or accept the leak with paper_causal=True",
         )
+
+
+def _check_cached(routed: Routed, options: Options) -> None:
+    (B, Hkv, S, _), L = routed.key.shape, routed.query.shape[2]
+    cluster, position = routed.key_cluster, routed.position
+    assert cluster is not None
+    if tuple(cluster.shape) != (B, Hkv, S) or cluster.is_floating_point():
+        size = " x ".join(str(n) for n in cluster.shape)
+        detail = f"key_cluster is {size} of {cluster.dtype}; needed is B x Hkv x S = {B} x {Hkv} x {S} of integers"
+        raise error("AR402", detail, hint="")
+    if position is not None and (position.dim() != 0 or position.is_floating_point()):
+        raise error("AR402", f"position has {position.dim()} dimensions of {position.dtype}; it is an integer", hint="")
+    if options.rule != "argmax_window" or not options.is_causal or routed.routing_key is not None:
+        detail = "key_cluster is for rule='argmax_window' with is_causal=True, in place of routing_key"
+        raise error("AR402", detail, hint="")
+    if L > S or (L != S and options.window_size is None):
+        detail = f"query has {L} positions and key {S}, with window_size {options.window_size}"
+        raise error("AR402", detail, hint="key holds those of the queries, too; name a window_size")
 
 
 def _check_sharing(routed: Routed, options: Options) -> None:

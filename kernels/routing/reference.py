@@ -30,6 +30,8 @@ def routing_attention(
     routing_query: Tensor | None = None,
     routing_key: Tensor | None = None,
     valid: Tensor | None = None,
+    key_cluster: Tensor | None = None,
+    position: Tensor | None = None,
     paper_causal: bool = False,
 ) -> Tensor:
     """Attention among tokens that lie near the same centroid (Routing Transformer, arXiv 2003.05997).
@@ -51,7 +53,8 @@ def routing_attention(
 
     Args:
         query: ``[B, H, L, D]``, any floating-point dtype.
-        key: ``[B, Hkv, S, D]``; L = S unless ``rule="topw"``. Not used with ``shared_qk``: pass the query.
+        key: ``[B, Hkv, S, D]``; L = S unless ``rule="topw"`` or with ``key_cluster``. Not used with ``shared_qk``: pass
+            the query.
         value: ``[B, Hkv, S, Dv]``.
         centroids: ``[Hkv, C, D]``, best in float32; the query heads of a group share those of their KV head.
         attn_mask: boolean ``[B, 1, 1, S]`` (False = padded: neither routed nor seen, and where L = S also 0 as a
@@ -71,6 +74,10 @@ def routing_attention(
         routing_query: ``[B, H, L, D]``, what is routed in place of the query, e.g. before rotary embedding.
         routing_key: ``[B, Hkv, S, D]``, what is routed in place of the key.
         valid: boolean ``[B, S]``, False = padded, as by a mask ``[B, 1, 1, S]``; for use beside a bias.
+        key_cluster: integers ``[B, Hkv, S]``, in place of routing the keys: the cluster of each, C where it is padded.
+            The queries then are the last L of the S positions, and with ``shared_qk`` the key holds all S queries.
+            For causal ``argmax_window`` with a cache.
+        position: a number, where query 0 stands among the keys of a cache of fixed size; ``S - L`` if None.
         paper_causal: allow ``topw`` with ``is_causal``.
 
     Returns:
@@ -92,7 +99,18 @@ def routing_attention(
     )
     options = Options(rule, window_size, shared_qk, logits, is_causal, scale, window, paper_causal)
     routed = Routed(
-        query, key, value, centroids, attn_mask, center_query, center_key, routing_query, routing_key, valid
+        query,
+        key,
+        value,
+        centroids,
+        attn_mask,
+        center_query,
+        center_key,
+        routing_query,
+        routing_key,
+        valid,
+        key_cluster,
+        position,
     )
     check_routing(routed, options)
     with full_precision(query.device):

@@ -62,6 +62,7 @@ class Windows:
     alone: Tensor | None  # [B, H, L], whether the query's own key is of another cluster; None if it never is
     valid: Tensor | None  # [B, L]
     width: int
+    first: int | Tensor = 0  # the position of query 0 among the keys
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -74,7 +75,7 @@ class Windows:
         keys = take_ranks(self.order, low, high, self.width)
         position = torch.arange(start, stop, device=low.device).expand_as(low)
         if self.alone is not None:
-            itself = torch.where(self.alone[:, :, start:stop], position, -1)
+            itself = torch.where(self.alone[:, :, start:stop], position + self.first, -1)
             keys = torch.cat((keys, itself.unsqueeze(-1)), dim=-1)
         if self.valid is not None:
             position = torch.where(self.valid[:, None, start:stop], position, -1)
@@ -104,32 +105,52 @@ def select_clusters(
 
 
 def select_windows(
-    queries: Tensor, keys: Tensor, window_size: int | None, *, is_causal: bool, valid: Tensor | None = None
+    queries: Tensor,
+    keys: Tensor,
+    window_size: int | None,
+    *,
+    is_causal: bool,
+    valid: Tensor | None = None,
+    first: int | Tensor = 0,
 ) -> Windows:
     """Give every query the keys of its cluster that lie around it in ``window_size`` ranks.
 
     Causal: the last ``window_size`` keys j <= i. Else the last half j <= i (rounded up) and the first half j > i.
 
     Args:
-        queries: affinities ``[B, H, N, C]``.
-        keys: affinities ``[B, Hkv, N, C]``; the same tensor when both are shared.
+        queries: affinities ``[B, H, L, C]``.
+        keys: affinities ``[B, Hkv, N, C]``, the same tensor when both are shared; or clusters ``[B, Hkv, N]``.
         window_size: ranks per query; ``ceil(N / C)`` if None.
         is_causal: whether only keys j <= i are taken.
         valid: ``[B, N]`` boolean or None.
+        first: position of the first query among the keys.
     """
-    N = queries.shape[2]
-    asked, offered = nearest(queries, valid), nearest(keys, valid)  # [B, H, N], [B, Hkv, N]
+    N = keys.shape[2]
+    position = torch.arange(queries.shape[2], device=queries.device) + first
+    asked, offered, real = assigned(queries, keys, valid, position)
     width = wanted_width(window_size, queries)
     before = width if is_causal else width - width // 2
     ranked = ranks(offered)
-    position = torch.arange(N, device=queries.device)
     end = rank_after(ranked, asked * N + position)
     low = torch.maximum(rank_after(ranked, asked * N - 1), end - before)
     high = end if is_causal else torch.minimum(rank_after(ranked, asked * N + N - 1), end + width // 2)
-    repeats = queries.shape[1] // keys.shape[1]
-    alone = None if keys is queries else asked != offered.repeat_interleave(repeats, dim=1)
+    own = None if keys is queries else offered.index_select(2, position)
+    alone = None if own is None else asked != own.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
     # A causal query has at most N keys, any other at most N too: further ranks would be empty.
-    return Windows(ranked % N, low, high, alone, valid, smaller(width, N))
+    return Windows(ranked % N, low, high, alone, real, smaller(width, N), first)
+
+
+def assigned(
+    queries: Tensor, keys: Tensor, valid: Tensor | None, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the clusters of queries ``[B, H, L]`` and keys ``[B, Hkv, N]``, and which queries are real, ``[B, L]``.
+
+    Arguments as in ``select_windows``; ``position`` ``[L]`` are the places of the queries among the keys.
+    """
+    if keys.is_floating_point():
+        return nearest(queries, valid), nearest(keys, valid), valid
+    real = None if valid is None else valid.index_select(1, position)
+    return nearest(queries, real), keys, real
 
 
 def ranks(cluster: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Tiles:
         if self.windows.alone is not None:
             own = torch.eye(self.size, dtype=torch.bool, device=query.device)
             pairs = torch.cat((pairs, own & _at(self.windows.alone, query).unsqueeze(-1)), dim=-1)
-            keys = torch.cat((keys, query), dim=-1)
+            keys = torch.cat((keys, query + self.windows.first), dim=-1)
         real = place < after
         if self.windows.valid is not None:
             real = real & _at(self.windows.valid.unsqueeze(1).expand_as(self.by_end), query)

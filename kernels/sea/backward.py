@@ -83,9 +83,7 @@ def sea_gradients(
         grad, estimated = rows.blank(grad.to(dtype)), rows.blank(estimated)
         inputs = (query.to(dtype), key.to(dtype), value.to(dtype))
         factor = query.shape[-1] ** -0.5 if scale is None else scale
-        d_query, d_key, d_value, d_bias, E = _sparse_gradients(
-            grad, *inputs, estimated, rows, rule, bias, factor, s * x
-        )
+        d_query, d_key, d_value, d_bias, E = sparse_gradients(grad, *inputs, estimated, rows, rule, bias, factor, s * x)
         d_estimated, d_mix = None, None
         if mix is not None:
             pooled, d_pooled, d_estimated = _pooled_gradients(grad, inputs[2], estimated, rows, x, pooling)
@@ -104,7 +102,7 @@ def sea_gradients(
     )
 
 
-def _sparse_gradients(
+def sparse_gradients(
     grad: Tensor,
     query: Tensor,
     key: Tensor,
@@ -116,6 +114,7 @@ def _sparse_gradients(
     scale: float,
     share: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the gradients of query, key, value and bias, and E, of ``share`` times ``sparse_attention``."""
     H = query.shape[1]
     d_query, d_key, d_value = torch.empty_like(query), query.new_zeros(key.shape), query.new_zeros(value.shape)
     d_bias = None if bias is None else torch.zeros_like(bias, dtype=query.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnrewrite.kernels.visibility import accumulation_dtype
 
-_REACH = 4  # rows above that a 3 x 3 kernel of dilation 2 sees
+REACH = 4  # rows above that a 3 x 3 kernel of dilation 2 sees
 
 
 class Affine(NamedTuple):
@@ -121,9 +121,9 @@ def _above(rows: Tensor, n: Tensor) -> Tensor:
 def _dilated(rows: Tensor, layer: Affine, above: Tensor | None) -> tuple[Tensor, Tensor]:
     """Convolve with taps at the rows i - 4, i - 2, i and the columns - 2, 0, 2; return also the last 4 rows."""
     if above is None:
-        above = rows.new_zeros(*rows.shape[:2], _REACH, rows.shape[3])
-    rows = torch.cat((above, rows), dim=2)
-    return F.relu(F.conv2d(rows, *layer, padding=(0, 2), dilation=2)), rows[:, :, -_REACH:]
+        above = rows.new_zeros(*rows.shape[:2], REACH, rows.shape[3])
+    rows = torch.cat((above.to(rows.dtype), rows), dim=2)
+    return F.relu(F.conv2d(rows, *layer, padding=(0, 2), dilation=2)), rows[:, :, -REACH:]
 
 
 def _normed(rows: Tensor, norm: Affine) -> Tensor:

@@ -5,25 +5,17 @@ What is kept of the earlier tokens, beside keys and values, does not grow with t
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sea.arguments import check_padding, check_rule, key_padding
-from attnrewrite.kernels.sea.estimator import Estimator, EstimatorState, causal_estimate
+from attnrewrite.kernels.sea.estimator import Estimator, SEAState, causal_estimate
 from attnrewrite.kernels.sea.pooling import visible_mean
-from attnrewrite.kernels.sea.reference import mixed, sparse_attention
+from attnrewrite.kernels.sea.reference import mixed
 from attnrewrite.kernels.sea.slices import Rule, visible_rows
+from attnrewrite.kernels.sea.step import sparse_step
 from attnrewrite.kernels.visibility import accumulation_dtype, check_attention, full_precision
-
-
-class SEAState(NamedTuple):
-    """The estimator's state, and the sum of the values of the real tokens, ``[B, Hkv, Dv]`` in float32 (float64)."""
-
-    estimator: EstimatorState
-    values: Tensor
 
 
 def sea_decode(
@@ -74,26 +66,61 @@ def sea_decode(
     T, S = query.shape[2], key.shape[2]
     _check_state(T, S, state)
     padding, bias = key_padding(attn_mask, S)
-    rows = visible_rows(T, S, is_causal=True, window=window, padding=padding, device=query.device)
-    fresh = value[:, :, S - T :]
+    fresh = key[:, :, S - T :], value[:, :, S - T :]
+    return continued(query, key, value, *fresh, estimator, state, padding, bias, rule=rule, scale=scale, window=window)
+
+
+def continued(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    fresh_key: Tensor,
+    fresh_value: Tensor,
+    estimator: Estimator,
+    state: SEAState | None,
+    padding: Tensor | None,
+    bias: Tensor | None,
+    *,
+    rule: Rule,
+    scale: float | None = None,
+    window: int | None = None,
+    position: Tensor | None = None,
+) -> tuple[Tensor, SEAState]:
+    """Compute ``sea_decode``, unchecked, for T new tokens that stand anywhere among S.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        key: ``[B, Hkv, S, D]``, those of the new tokens among them.
+        value: ``[B, Hkv, S, Dv]``.
+        fresh_key: ``[B, Hkv, T, D]``.
+        fresh_value: ``[B, Hkv, T, Dv]``.
+        estimator: causal.
+        state: of the earlier tokens; None, or zeros, if there is none.
+        padding: boolean ``[B or 1, S]``, False at padding and where no token is yet; None if all are real.
+        bias: ``[B or 1, H or 1, T or 1, S]``.
+        rule: budget, counting and grouping.
+        scale: factor of the logits; ``D ** -0.5`` if None.
+        window: as in ``sea_attention``.
+        position: a number, where the first new token stands in a cache of fixed size; ``S - T`` if None.
+    """
+    (T, D), S = query.shape[2:], key.shape[2]
+    rows = visible_rows(T, S, is_causal=True, window=window, padding=padding, device=query.device, first=position)
+    real = rows.real.index_select(1, torch.arange(T, device=query.device) + (S - T if position is None else position))
     estimate, estimator_state = causal_estimate(
-        query,
-        key[:, :, S - T :],
-        fresh,
-        estimator,
-        None if padding is None else padding[:, S - T :],
-        None if state is None else state.estimator,
-        earlier=S - T,
+        query, fresh_key, fresh_value, estimator, real, None if state is None else state.estimator, earlier=S - T
     )
+    factor = D**-0.5 if scale is None else scale
+    sparse = sparse_step(query, key, value, estimate.estimated, bias, padding, position, factor, window, *rule)
     with full_precision(query.device):
         dtype = accumulation_dtype(query.dtype)
-        before = torch.zeros_like(value[:, :, 0], dtype=dtype) if state is None else state.values
-        real = rows.real[:, None, S - T :, None]
-        values = before + fresh.to(dtype).masked_fill(~real, 0.0).sum(2)
-        sparse = sparse_attention(query, key, value, estimate.estimated, rows, rule, bias=bias, scale=scale)
-        pooled = visible_mean(value.to(dtype), rows, before)
+        kept = fresh_value.to(dtype).masked_fill(~real[:, None, :, None], 0.0).cumsum(2)
+        sums = kept if state is None else state.values.unsqueeze(2) + kept  # [B, Hkv, T, Dv]
+        if window is None:
+            pooled = sums / rows.count.clamp(min=1)[:, None, :, None]
+        else:
+            pooled = visible_mean(value.to(dtype), rows)
         out = mixed(sparse, pooled, rows, estimate.scale_prob, estimate.mix).to(query.dtype)
-    return out, SEAState(estimator_state, values)
+    return out, SEAState(estimator_state, sums[:, :, -1])
 
 
 def _check_state(T: int, S: int, state: SEAState | None) -> None:

@@ -1,4 +1,4 @@
-"""The operator ``attnrewrite::sea_attention`` in operators of torch, in dense form.
+"""The operators ``attnrewrite::sea_attention``, in dense form, and ``sea_one_document`` in operators of torch.
 
 A graph for other compilers has static shapes and no searches, so here the selection is a mask ``[B, H, L, L]`` over all
 pairs in place of lists of them.
@@ -6,6 +6,7 @@ pairs in place of lists of them.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnrewrite.kernels.largest import among_largest
@@ -46,6 +47,11 @@ def sea_attention(
         sparse = weighted_values(masked_softmax(logits, selected), _real(value, rows))
         sparse = sparse + unknown(rows.blank(estimated), rule).to(sparse.dtype)
         return completed(sparse, value, estimated, rows, scale_prob, mix, pooling).to(query.dtype).contiguous()
+
+
+def sea_one_document(features: Tensor, documents: Tensor) -> Tensor:
+    """Return the features; a program raises no error, so where there are several documents they are NaN."""
+    return torch.where(documents.all(), features, float("nan"))
 
 
 def _selected(estimated: Tensor, rows: Rows, rule: Rule) -> Tensor:

@@ -95,6 +95,13 @@ class EstimatorState(NamedTuple):
     length: Tensor
 
 
+class SEAState(NamedTuple):
+    """The estimator's state, and the sum of the values of the real tokens, ``[B, Hkv, Dv]`` in float32 (float64)."""
+
+    estimator: EstimatorState
+    values: Tensor
+
+
 def causal_estimate(
     query: Tensor,
     key: Tensor,

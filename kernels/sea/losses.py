@@ -135,6 +135,48 @@ def approximation_loss(estimated: Tensor, teacher: Teacher, widths: Tensor) -> T
     return 0.1 * kl.sum() / rows + squared.sum() / (rows * widths.shape[1])
 
 
+def attention_loss(
+    query: Tensor,
+    key: Tensor,
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Return 0.1 KL(teacher || A) + MSE of dense attention A = softmax(scale q k^T + bias), as ``approximation_loss``.
+
+    The teacher's is made of its own queries and keys, without gradient. Both matrices are dense, a few queries at a
+    time; the student's are kept for backward. Other arguments and errors as in ``teacher_statistics``.
+    """
+    check_attention(query, key, key, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa, window=window)
+    check_padding(attn_mask, padding)
+    B, H, L, _ = query.shape
+    padding, bias = key_padding(attn_mask, L, padding)
+    rows = visible_rows(L, L, is_causal=is_causal, window=window, padding=padding, device=query.device)
+    step = max(1, _CHUNK // max(1, B * H * L))
+    kl = query.new_zeros((), dtype=accumulation_dtype(query.dtype))
+    squared = torch.zeros_like(kl)
+    with full_precision(query.device):
+        for start in range(0, max(L, 1), step):
+            part = slice(start, start + step)
+            near = bias if bias is None or bias.shape[2] == 1 else bias[:, :, part]
+            _, seen = _columns(rows, part, 1)
+            some = seen.any(-1, keepdim=True)
+            logits = attention_logits(query[:, :, part], key, near, scale=scale)  # [B, H, R, L]
+            # A row without keys sees all, so that nothing in it is NaN, and counts nothing.
+            student = logits.masked_fill(~seen & some, float("-inf")).log_softmax(-1)
+            with torch.no_grad():
+                p = masked_softmax(attention_logits(teacher_query[:, :, part], teacher_key, near, scale=scale), seen)
+            kl = kl - (torch.special.entr(p) + torch.where(p > 0, p * student, 0.0)).sum()
+            squared = squared + torch.where(some, student.exp() - p, 0.0).square().sum()
+    count = (rows.count > 0).sum() * H * (B // rows.count.shape[0])
+    return (0.1 * kl + squared / L) / count.clamp(min=1)
+
+
 def _student(estimated: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = estimated.to(accumulation_dtype(estimated.dtype))
     seen = (widths.sum(-1) > 0).unsqueeze(1)  # [B, 1, L]

@@ -15,21 +15,18 @@ from attnrewrite.kernels.sea.slices import Rows, boundaries, slice_of
 from attnrewrite.kernels.visibility import repeat_kv
 
 
-def visible_mean(value: Tensor, rows: Rows, before: Tensor | None = None) -> Tensor:
+def visible_mean(value: Tensor, rows: Rows) -> Tensor:
     """Return the mean of the values that each query sees, ``[B, Hkv, L, Dv]``; 0 where it sees none.
 
     Args:
         value: ``[B, Hkv, S, Dv]`` in the dtype of the sums.
-        rows: causal.
-        before: sum of the real values before the first query, ``[B, Hkv, Dv]``; needed without a window if L < S.
+        rows: causal, of the last L positions; without a window L = S.
     """
     L, S, W = rows.count.shape[-1], value.shape[2], rows.window
     reach = L if W is None else min(S, L + W - 1)  # the last positions that a query may see
     real = rows.real[:, None, S - reach :, None]
     recent = value[:, :, S - reach :].masked_fill(~real, 0.0)
     sums = torch.nn.functional.pad(recent.cumsum(2), (0, 0, 1, 0))  # [B, Hkv, reach + 1, Dv]
-    if before is not None and W is None:
-        sums = sums + before.unsqueeze(2)
     total = sums[:, :, reach - L + 1 :]
     if W is not None:
         last = torch.arange(reach - L + 1, reach + 1, device=value.device)

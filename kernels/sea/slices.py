@@ -19,7 +19,7 @@ class Rows:
 
     ``first`` and ``count`` are ``[B or 1, L]``; ``tokens``, ``[B or 1, S]``, is the position of the key of each
     rank; ``real``, ``[B or 1, S]``, is False at padding. A padding query has count 0. The queries are the last L of
-    the S positions.
+    the S positions, or ``placed`` anywhere among them.
     """
 
     first: Tensor
@@ -29,14 +29,16 @@ class Rows:
     is_causal: bool
     window: int | None
     padded: bool
+    placed: bool = False
 
     def extent(self, start: int, stop: int) -> tuple[int, int]:
         """Bound the counts of the queries from ``start`` to ``stop`` without looking at them."""
         S, L = self.tokens.shape[-1], self.count.shape[-1]
-        least, most = (S - L + start + 1, S - L + stop) if self.is_causal else (S, S)
+        last = self.is_causal and not self.placed
+        least, most = (S - L + start + 1, S - L + stop) if last else (S, S)
         if self.window is not None:
             least, most = min(least, self.window), min(most, self.window)
-        return (1 if self.padded else least), most
+        return (1 if self.padded or self.placed else least), most
 
     def blank(self, states: Tensor) -> Tensor:
         """Set what padding queries hold, ``[B, H, L]`` or ``[B, H, L, D]``, to 0: it may be NaN."""
@@ -66,8 +68,9 @@ def visible_rows(
     window: int | None = None,
     padding: Tensor | None = None,
     device: torch.device | None = None,
+    first: Tensor | None = None,
 ) -> Rows:
-    """Return what the last L of S positions see.
+    """Return what the last L of S positions see, or those from ``first`` on.
 
     Args:
         L: number of queries.
@@ -76,16 +79,17 @@ def visible_rows(
         window: with ``is_causal``, query i sees key j iff also i - j < window.
         padding: boolean ``[B or 1, S]``, False where the token is padding; None if none is.
         device: where the tensors are built.
+        first: a number.
     """
     real = torch.ones(1, S, dtype=torch.bool, device=device) if padding is None else padding
     before = torch.nn.functional.pad(real.long().cumsum(-1), (1, 0))  # [B, S + 1], real tokens before each position
-    position = torch.arange(S - L, S, device=device)
+    position = torch.arange(L, device=device) + (S - L if first is None else first)
     last = position + 1 if is_causal else torch.full_like(position, S)
     start = torch.zeros_like(last) if window is None else (last - window).clamp(min=0)
-    first = before[:, start]
-    count = torch.where(real[:, S - L :], before[:, last] - first, 0)
+    hidden = before[:, start]
+    count = torch.where(real[:, position], before[:, last] - hidden, 0)
     tokens = torch.argsort(~real, dim=-1, stable=True)
-    return Rows(first, count, tokens, real, is_causal, window, padding is not None)
+    return Rows(hidden, count, tokens, real, is_causal, window, padding is not None, first is not None)
 
 
 def boundaries(count: Tensor, M: int) -> Tensor:

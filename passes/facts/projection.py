@@ -41,20 +41,46 @@ _VIEWS = (MOVES - {"expand", "slice", "repeat_interleave", "repeat"}) | {"unbind
 _PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
 
 
-def projection(site: Attention, role: Literal["query", "key"]) -> Operand:
+def projection(site: Attention, role: Literal["query", "key"], *, newest: bool = False) -> Operand:
     """Return the projection of the site's queries or keys with its layout. Raises Reject (AR307).
 
     It is the last value on the way from the projection's linear map to the operand that has only been moved or cut
-    out of a fused projection, and still has every head and every feature.
+    out of a fused projection, and still has every head and every feature. ``newest``: that of the keys that the call
+    adds to those of a cache.
     """
     joined = role == "key" and site.keys is not None
-    for operand in [] if joined else _ancestors(site.query if role == "query" else site.key, flat(site.inner)):
-        wanted = site.query_layout if role == "query" else site.key_layout  # symbols may be split on the way
+    added = role == "key" and newest and not joined
+    start = newest_key(site) if added else site.query if role == "query" else site.key
+    for operand in [] if joined else _ancestors(start, flat(site.inner)):
+        wanted = key_layout(site, newest=newest) if role == "key" else site.query_layout  # symbols may split on the way
         if _is_whole(operand, wanted) and only_moved(operand.node) is not None:
             return Operand(operand.node, _named(operand.layout, wanted))
     plural = "queries" if role == "query" else "keys"
     near = f"{plural} that are a linear map of the layer's input, split into heads"
     raise Reject("AR307", f"the projection that makes the {plural} was not found", site.anchor, near)
+
+
+def key_layout(site: Attention, *, newest: bool) -> Layout:
+    """Return [B, Hkv, S, D], or of the keys that the call adds to a cache [B, Hkv, L, D]."""
+    whole = site.key_layout
+    return (*whole[:2], flat(site.rows), whole[3]) if newest else whole
+
+
+def newest_key(site: Attention) -> Operand:
+    """Return the keys that a call adds to those of a cache, as the cache takes them. Raises Reject (AR307)."""
+    others = set(flat((*site.batch, *site.kv_heads, *site.inner)))
+    for operand in _ancestors(site.key, flat(site.inner)):
+        node = operand.node
+        added: object = None
+        if op(node) == "cat" and isinstance(node.args[0], list | tuple):
+            added, dim = node.args[0][-1], int(argument(node, 1, "dim", 0)) % len(operand.layout)
+        elif op(node) == "index_copy":
+            added, dim = node.args[3], int(argument(node, 1, "dim")) % len(operand.layout)
+        # The positions, or more of them: before anything is hidden, transformers cuts off what is not written yet.
+        if is_node(added) and not others & set(flat(operand.layout[dim])):
+            return Operand(added, (*operand.layout[:dim], flat(site.rows), *operand.layout[dim + 1 :]))
+    near = "keys that are joined to those of a cache, or written into it, by position"
+    raise Reject("AR307", "where the call's own keys enter the cache was not found", site.anchor, near)
 
 
 def _ancestors(start: Operand, inner: Dim) -> Iterator[Operand]:

@@ -40,6 +40,14 @@ def same_number(leaf: Leaf, heads: Dim, rows: Dim, cols: Dim, is_range: IsRange)
     return numbers is not None and _is_whole(numbers)
 
 
+def from_positions(leaf: Leaf) -> bool:
+    """Whether the documents of a condition are counted from position ids, which ordinary sequences have, too."""
+    numbers = _plain(leaf.node.args[0])
+    while numbers is not None and op(numbers) == "index":
+        numbers = _plain(numbers.args[0])
+    return numbers is not None and op(numbers) == "cumsum"
+
+
 def _order(leaf: Leaf, rows: Dim, cols: Dim, is_range: IsRange) -> fx.Node | None:
     """Return p where the leaf says ``p_j <= p_i``."""
     sides = {"le": (cols, rows), "ge": (rows, cols)}.get(op(leaf.node))

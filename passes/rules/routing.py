@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from attnrewrite.kernels.routing.clusters import affinity, nearest, routing_features
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
-from attnrewrite.passes.facts.projection import projection
+from attnrewrite.passes.facts.projection import key_layout, newest_key, projection
 from attnrewrite.passes.graph.axes import same
 from attnrewrite.passes.rules.base import Request
+from attnrewrite.passes.rules.heads import Heads, take
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
+from attnrewrite.passes.rules.steps import check_causal, continues, first_position, put, real_tokens, step_mask
 
 _NEAREST = "self-attention over a whole sequence, masked by positions or padding only"
 _LEARNED = (
@@ -38,10 +40,15 @@ class RoutingRule:
     variant = "routing"
 
     def check(self, site: Attention, request: Request) -> None:
-        """Refuse (AR307) masks that membership has no place for, caches, and what the options exclude."""
-        _check_mask(site, request.config)
-        _check_lengths(site, request.config)
-        _check_scores(site, request.config)
+        """Refuse (AR307) masks that membership has no place for, and what the options exclude."""
+        if request.state:
+            check_causal(site)
+        if continues(site, request):
+            _check_width(site, request.config)
+        else:
+            _check_mask(site, request.config)
+            _check_lengths(site, request)
+        _check_scores(site, request)
         heads = Heads.of(site, request.config, site.anchor)
         centroids = request.parameters.get("centroids")
         if centroids is not None and tuple(centroids.meta["val"].shape[::2]) != (len(heads.sets), site.sizes()["D"]):
@@ -49,9 +56,10 @@ class RoutingRule:
             raise Reject("AR309", f"centroids are {tuple(centroids.meta['val'].shape)}, needed {wanted}", site.anchor)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
-        """Return the layer's centroids and what moves them, and what is routed: the raw projections."""
+        """Return the layer's centroids, what a cache holds, and what is routed: the raw projections."""
         roles: tuple[Literal["query", "key"], ...] = ("query",) if request.config["shared_qk"] else ("query", "key")
-        return {**request.parameters, **{f"routed_{role}": projection(site, role).node for role in roles}}
+        raw = {f"routed_{role}": projection(site, role, newest=bool(request.state)).node for role in roles}
+        return {**request.parameters, **request.state, **raw}
 
     def function(self, request: Request) -> Callable[[SiteTensors], Tensor]:
         """Return routing attention with the request's options."""
@@ -61,32 +69,33 @@ class RoutingRule:
             # The operator has no gradient for a bias, which may be learned.
             learned = t.bias() is not None and torch.is_grad_enabled()
             routing_attention = reference.routing_attention if learned else op.routing_attention
-            arguments = routing_arguments(t, request)
-            arguments["centroids"] = _centroids(t, request, arguments)
-            heads = Heads.of(t.site, request.config)
+            arguments, heads = routing_arguments(t, request), Heads.of(t.site, request.config)
+            centroids = _centroids(t, request, arguments["valid"])
+            arguments["centroids"] = take(centroids, heads.own_sets, dim=0)
+            if request.state:
+                arguments |= _cached(t, request, arguments["valid"], centroids)
             outputs = dict(zip(heads.routing, routing_attention(**arguments).unbind(1), strict=True))
             for own, window in ((heads.local, request.config["local_window"]), (heads.dense, None)):
                 if own:
-                    outputs |= zip(own, _unrouted(t, own, window).unbind(1), strict=True)
+                    outputs |= zip(own, _unrouted(t, request, own, window).unbind(1), strict=True)
             return torch.stack([outputs[head] for head in range(len(outputs))], dim=1)
 
         return routing
 
 
 def routing_arguments(t: SiteTensors, request: Request) -> dict[str, Any]:
-    """Return the arguments of ``routing_attention`` for the heads of a site that route."""
+    """Return the arguments of ``routing_attention`` for the heads of a site that route; ``valid`` is of the call."""
     config, heads = request.config, Heads.of(t.site, request.config)
     q, k, v = common_dtype(t.query(), t.key(), t.attended())
-    own = heads.kv_of(heads.routing)
-    sets = [heads.sets.index(number) for number in own]
+    own, sets = heads.kv_of(heads.routing), heads.own_sets
     arguments = {
         "query": take(q, heads.routing),
         "key": take(k, own),
         "value": take(v, own),
         "centroids": take(t.extra["centroids"], sets, dim=0),
         "center_query": take(t.extra["center_query"], sets, dim=0),
-        "attn_mask": _of_heads(_pair_bias(t), heads.routing),
-        "valid": valid_keys(t),
+        "attn_mask": _of_heads(_pair_bias(t, request), heads.routing),
+        "valid": real_tokens(t, step_mask(t)) if continues(t.site, request) else valid_keys(t),
         "dropout_p": t.site.dropout,
         "is_causal": t.site.visibility.facts.offset is not None,
         "scale": t.site.scores.alpha if config["temperature"] is None else float(config["temperature"]),
@@ -102,15 +111,18 @@ def routing_arguments(t: SiteTensors, request: Request) -> dict[str, Any]:
         arguments["center_key"] = take(t.extra["center_key"], sets, dim=0)
     if config["logits"] == "raw":
         arguments["routing_query"] = take(routed(t, "query"), heads.routing)
-        if not config["shared_qk"]:
+        if not config["shared_qk"] and not request.state:
             arguments["routing_key"] = take(routed(t, "key"), own)
     return arguments
 
 
-def routed(t: SiteTensors, role: Literal["query", "key"]) -> Tensor:
-    """Return what decides on membership: the projection before norms and rotary embedding, [B, H or Hkv, N, D]."""
-    wanted = t.site.query_layout if role == "query" else t.site.key_layout
-    return t.arranged(t.extra[f"routed_{role}"], projection(t.site, role).layout, wanted)
+def routed(t: SiteTensors, role: Literal["query", "key"], *, newest: bool = False) -> Tensor:
+    """Return what decides on membership: the projection before norms and rotary embedding, [B, H or Hkv, N, D].
+
+    ``newest``: of the call's own keys, where its cache holds others.
+    """
+    wanted = t.site.query_layout if role == "query" else key_layout(t.site, newest=newest)
+    return t.arranged(t.extra[f"routed_{role}"], projection(t.site, role, newest=newest).layout, wanted)
 
 
 def valid_keys(t: SiteTensors) -> Tensor | None:
@@ -119,11 +131,15 @@ def valid_keys(t: SiteTensors) -> Tensor | None:
     return None if padding is None else padding[:, 0, 0].expand(t.query().shape[0], -1)
 
 
-def _pair_bias(t: SiteTensors) -> Tensor | None:
+def _pair_bias(t: SiteTensors, request: Request) -> Tensor | None:
     """Return what is added to the logits of a pair, [B|1, H|1, L|1, S|1]: biases, and -inf between documents.
 
     The last keys of a cluster are those of the query's own document first, so that hiding the others costs no key.
+    The same holds of a window in the mask of a call that continues a cache; padding is in no cluster.
     """
+    if continues(t.site, request):
+        mask = step_mask(t)
+        return mask if mask is None or mask.is_floating_point() else torch.where(mask, 0.0, float("-inf"))
     bias, documents = t.bias(), t.documents()
     if documents is None:
         return bias
@@ -137,75 +153,51 @@ def rule_of(site: Attention, config: Mapping[str, Any]) -> str:
     return "topw" if site.visibility.facts.offset is None else "argmax_window"
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Which query heads route, attend locally, or stay as they are; ``group`` of them share a KV head."""
-
-    routing: tuple[int, ...]
-    local: tuple[int, ...]
-    dense: tuple[int, ...]
-    group: int
-
-    @classmethod
-    def of(cls, site: Attention, config: Mapping[str, Any], node: fx.Node | None = None) -> Heads:
-        """Split the site's heads as the config says. Raises Reject (AR307) where it has no such heads."""
-        H, Hkv = site.sizes()["H"], site.sizes()["Hkv"]
-        if not isinstance(H, int) or not isinstance(Hkv, int):
-            raise Reject("AR307", f"head counts must be numbers, not {H} and {Hkv}", node)
-        local = tuple(config["local_heads"])
-        chosen = config["routing_heads"]
-        routing = tuple(h for h in range(H) if h not in local) if chosen is None else tuple(chosen)
-        missing = [h for h in (*routing, *local) if not 0 <= h < H]
-        if missing or not routing:
-            what = f"has no head {missing[0]}: it has {H}" if missing else f"has {H} heads, all of them local"
-            raise Reject("AR307", f"the layer {what}", node)
-        return cls(routing, local, tuple(h for h in range(H) if h not in (*routing, *local)), H // Hkv)
-
-    @property
-    def sets(self) -> list[int]:
-        """The KV heads that have centroids: those of which a query head routes."""
-        return sorted({head // self.group for head in self.routing})
-
-    def kv_of(self, heads: Sequence[int]) -> list[int]:
-        """Return the KV heads for ``heads``: one per group where the groups are whole, else one per head."""
-        own = [head // self.group for head in heads]
-        each = sorted(set(own))
-        return each if list(heads) == [g * self.group + n for g in each for n in range(self.group)] else own
-
-
-def take(x: Tensor, heads: Sequence[int], dim: int = 1) -> Tensor:
-    """Return some heads of a tensor, itself where that is all. No index tensor: it would be a constant of the graph."""
-    if list(heads) == list(range(x.shape[dim])):
-        return x
-    return torch.stack([x.select(dim, head) for head in heads], dim=dim)
-
-
 def _of_heads(mask: Tensor | None, heads: Sequence[int]) -> Tensor | None:
     return mask if mask is None or mask.shape[1] == 1 else take(mask, heads)
 
 
-def _centroids(t: SiteTensors, request: Request, arguments: Mapping[str, Any]) -> Tensor:
-    """Return the centroids of each head once they are set; a layer in training learns from its batch."""
+def _centroids(t: SiteTensors, request: Request, real: Tensor | None) -> Tensor:
+    """Return the centroids [Hc, C, D] once they are set; a layer in training learns from its batch."""
     from attnrewrite.kernels.routing import learn
 
-    heads = Heads.of(t.site, request.config)
-    own = [heads.sets.index(number) for number in heads.kv_of(heads.routing)]
+    heads, newest = Heads.of(t.site, request.config), bool(request.state)
     if not request.learning:
-        return take(learn.routing_ready(t.extra["centroids"], t.extra["steps"]), own, dim=0)
-    real = arguments["valid"]
+        ready: Tensor = learn.routing_ready(t.extra["centroids"], t.extra["steps"])
+        return ready
     torch.ops.attnrewrite.routing_learn(
         take(routed(t, "query"), heads.routing).detach(),
-        None if request.config["shared_qk"] else take(routed(t, "key"), heads.sets).detach(),
+        None if request.config["shared_qk"] else take(routed(t, "key", newest=newest), heads.sets).detach(),
         *(t.extra[name] for name in _LEARNED),
         [heads.sets.index(head // heads.group) for head in heads.routing],
         request.config["reseed_every"],
-        real if same_length(t.site) else None,
+        real if newest or same_length(t.site) else None,
         real,
     )
-    return take(t.extra["centroids"], own, dim=0)
+    return t.extra["centroids"]
 
 
-def _unrouted(t: SiteTensors, heads: Sequence[int], window: int | None) -> Tensor:
+def _cached(t: SiteTensors, request: Request, real: Tensor | None, centroids: Tensor) -> dict[str, Any]:
+    """Note in the cache to which clusters the call's keys belong; return the arguments that take all keys from it."""
+    heads, shared = Heads.of(t.site, request.config), request.config["shared_qk"]
+    role: Literal["query", "key"] = "query" if shared else "key"
+    raw = take(routed(t, role, newest=True), heads.sets).detach()
+    own = nearest(affinity(routing_features(raw, t.extra[f"center_{role}"]), centroids), real)  # [B, Hc, L]
+    clusters = put(t, "clusters", own.transpose(1, 2)).transpose(1, 2)  # [B, Hc, S]
+    found = {
+        "key_cluster": take(clusters, heads.own_sets),
+        "position": t.extra.get("position"),
+        "valid": clusters[:, 0] < centroids.shape[1],
+        "rule": "argmax_window",
+        "is_causal": True,
+    }
+    if shared:
+        queries = put(t, "queries", take(t.query(), heads.sets).transpose(1, 2)).transpose(1, 2)  # [B, Hc, S, D]
+        found["key"] = take(queries, heads.own_sets).to(t.query().dtype)
+    return found
+
+
+def _unrouted(t: SiteTensors, request: Request, heads: Sequence[int], window: int | None) -> Tensor:
     """Compute the heads that do not route: the site's own attention, to keys less than ``window`` positions away."""
     from attnrewrite.kernels.routing.mass import near_pairs
 
@@ -215,7 +207,9 @@ def _unrouted(t: SiteTensors, heads: Sequence[int], window: int | None) -> Tenso
     mask, is_causal = mask_arguments(t, q.dtype)
     mask = _of_heads(mask, heads)
     if window is not None:
-        near = near_pairs(t.length, t.width, window, is_causal=is_causal, device=q.device)
+        first = first_position(t) if request.state else 0
+        is_causal = t.site.visibility.facts.offset is not None or bool(request.state)
+        near = near_pairs(t.length, t.width, window, is_causal=is_causal, device=q.device, first=first)
         mask, is_causal = _within(near[None, None], mask), False
     out = attention(q, k, v, mask, t.site.dropout, is_causal=is_causal, scale=t.site.scores.alpha)
     return out if window is not None else empty_rows(t, out, q, k, v)
@@ -240,11 +234,21 @@ def _check_mask(site: Attention, config: Mapping[str, Any]) -> None:
         raise Reject("AR307", detail, site.anchor, _NEAREST)
 
 
-def _check_lengths(site: Attention, config: Mapping[str, Any]) -> None:
+def _check_width(site: Attention, config: Mapping[str, Any]) -> None:
+    if config["window_size"] is None:
+        detail = "window_size is None, so that it follows the length, and earlier tokens would change with later ones"
+        raise Reject("AR307", detail, site.anchor, "a number as window_size, or generation with use_cache=False")
+
+
+def _check_lengths(site: Attention, request: Request) -> None:
+    config = request.config
     offset, rule = site.visibility.facts.offset, rule_of(site, config)
     whole = same_length(site)
     if offset is not None and (offset != 0 or not whole):
-        detail = "the queries continue a key-value cache, which routing attention does not read; pass use_cache=False"
+        detail = (
+            "the queries continue a key-value cache that does not hold the clusters of its keys; convert() a model of "
+            "transformers with rule='argmax_window', or call it with use_cache=False"
+        )
         raise Reject("AR307", detail, site.anchor, _NEAREST)
     if offset is not None and rule == "topw" and not config["paper_causal"]:
         detail = "rule 'topw' lets later tokens decide which earlier ones a cluster takes: take 'argmax_window', or "
@@ -259,15 +263,18 @@ def _check_lengths(site: Attention, config: Mapping[str, Any]) -> None:
         raise Reject("AR307", detail, site.anchor, _NEAREST)
 
 
-def _check_scores(site: Attention, config: Mapping[str, Any]) -> None:
+def _check_scores(site: Attention, request: Request) -> None:
+    config, newest = request.config, bool(request.state)
     check_terms(site)
     if site.scores.softcap is not None:
         raise Reject("AR401", "routing attention has no soft-cap", site.anchor)
     if config["shared_qk"]:
         if not same(site.sizes()["H"], site.sizes()["Hkv"]):
             raise Reject("AR307", "shared_qk needs a key head per query head; this layer groups them", site.anchor)
-    elif projection(site, "key").node is not site.key.node and config["logits"] == "normed":
-        _refuse_normed(site)
+    else:
+        scored = newest_key(site) if newest else site.key
+        if projection(site, "key", newest=newest).node is not scored.node and config["logits"] == "normed":
+            _refuse_normed(site)
     plain = projection(site, "query").node is site.query.node and not site.scores.factors
     if config["logits"] == "normed" and not plain:
         _refuse_normed(site)

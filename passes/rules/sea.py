@@ -11,16 +11,22 @@ from torch import fx
 from attnrewrite.kernels.sea.estimator import (
     Estimate,
     Estimator,
+    EstimatorState,
+    SEAState,
     bidirectional_estimate,
     causal_estimate,
     is_causal,
 )
-from attnrewrite.kernels.sea.losses import approximation_loss, slice_widths, teacher_statistics
+from attnrewrite.kernels.sea.losses import approximation_loss, attention_loss, slice_widths, teacher_statistics
+from attnrewrite.kernels.sea.slices import Rule
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
+from attnrewrite.passes.masks.documents import from_positions
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype
+from attnrewrite.passes.rules.steps import check_causal, continues, first_position, put, real_tokens, step_mask
 
+_SUMMARY = ("sums", "outer", "inner", "length", "values")
 _NEAREST = "self-attention over a whole sequence, causal or not, masked by positions and padding only"
 
 
@@ -30,39 +36,38 @@ class SEARule:
     variant = "sea"
 
     def check(self, site: Attention, request: Request) -> None:
-        """Refuse (AR307) all but self-attention over whole sequences with masks that slices can be cut from."""
-        seen = site.visibility
-        if seen.dense:
-            raise _reject(site, "SEA cuts the keys that a query sees into slices, and this mask is custom")
-        if seen.documents:
-            raise _reject(
-                site,
-                "SEA cuts slices from one sequence, and this mask splits it into packed documents; transformers reads "
-                "them from position_ids where no attention_mask is given",
-            )
-        if seen.bias_may_hide:
-            raise _reject(site, "SEA counts the keys that a query sees, and a bias that is added here may hide some")
+        """Refuse (AR307) all but self-attention with masks that slices can be cut from."""
         if site.scores.softcap is not None:
             raise _reject(site, "SEA has no soft-cap")
         check_terms(site)
+        if request.state:
+            check_causal(site)
+        if continues(site, request):
+            _check_step(site, request)
+            return
+        _check_mask(site)
         _check_sequence(site)
         _check_window(site, request)
         if request.parameters:
             _check_kind(site, request)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
-        """Return the layer's estimator."""
-        return dict(request.parameters)
+        """Return the layer's estimator, and what a cache holds."""
+        return {**request.parameters, **request.state}
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return SEA attention with the request's options."""
-        from attnrewrite.kernels.sea.op import sea_attention  # defines an operator, which takes its time
+        # These define operators, which takes its time.
+        from attnrewrite.kernels.sea.decode import continued
+        from attnrewrite.kernels.sea.op import sea_attention
 
         config = request.config
 
         def sea(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            estimated, scale_prob, mix = estimate(t, config)
+            (estimated, scale_prob, mix), after = estimate(t, config)
+            if request.state and after is not None:
+                _remember(t, after, v)
             return sea_attention(
                 q,
                 k,
@@ -83,16 +88,71 @@ class SEARule:
                 pooling=config["pooling"],
             )
 
-        return sea
+        def step(t: SiteTensors) -> torch.Tensor:
+            q, k, v = common_dtype(t.query(), t.key(), t.attended())
+            out, after = continued(
+                q,
+                k,
+                v,
+                _newest(t, k),
+                _newest(t, v),
+                Estimator.named(t.extra, config["slices"]),
+                _held(t),
+                put(t, "real", real_tokens(t, step_mask(t))),
+                t.bias(),
+                rule=Rule(config["budget"], config["budget_rule"], config["grouping"]),
+                scale=t.site.scores.alpha,
+                position=t.extra.get("position"),
+            )
+            _keep(t, after)
+            return out
+
+        return lambda t: step(t) if continues(t.site, request) else sea(t)
 
 
-def estimate(t: SiteTensors, config: Mapping[str, Any]) -> Estimate:
-    """Return the estimate of a site's attention, ``[B, H, L, M]``, and its two factors, ``[B, H, L]``."""
+def _held(t: SiteTensors) -> SEAState:
+    """Return what the cache holds of each sequence."""
+    sums, outer, inner, length, values = (t.extra[name] for name in _SUMMARY)
+    return SEAState(EstimatorState(sums, (outer, inner), length), values)
+
+
+def _keep(t: SiteTensors, state: SEAState) -> None:
+    """Write it."""
+    (sums, (outer, inner), length), values = state
+    for name, value in zip(_SUMMARY, (sums, outer, inner, length, values), strict=True):
+        t.extra[name].copy_(value)
+
+
+def _remember(t: SiteTensors, after: EstimatorState, v: torch.Tensor) -> None:
+    """Note what a whole sequence leaves for the tokens that follow it."""
+    real = padding(t)
+    if real is None:
+        real = torch.ones(1, t.length, dtype=torch.bool, device=v.device)
+    put(t, "real", real.expand(v.shape[0], -1))
+    kept = v.to(t.extra["values"].dtype).masked_fill(~real[:, None, :, None], 0.0)
+    _keep(t, SEAState(after, kept.sum(2)))
+
+
+def _newest(t: SiteTensors, states: torch.Tensor) -> torch.Tensor:
+    """Return those of the new tokens, [B, Hkv, L, D], of all that the cache holds."""
+    return states.index_select(2, torch.arange(t.length, device=states.device) + first_position(t))
+
+
+def estimate(t: SiteTensors, config: Mapping[str, Any]) -> tuple[Estimate, EstimatorState | None]:
+    """Return the estimate of a site's attention, ``[B, H, L, M]``, with its two factors, ``[B, H, L]``.
+
+    Behind it, where it is causal, what the estimate of later tokens needs.
+    """
     q, k, v = common_dtype(t.query(), t.key(), t.value())
-    estimator = Estimator.named(t.extra, config["slices"])
+    documents, tensors = t.documents(), dict(t.extra)
+    if documents is not None:
+        from attnrewrite.kernels.sea.documents import one_document
+
+        tensors["features"] = one_document(tensors["features"], documents)
+    estimator = Estimator.named(tensors, config["slices"])
     if is_causal(t.extra):
-        return causal_estimate(q, k, v, estimator, padding(t))[0]
-    return bidirectional_estimate(q, k, v, estimator, padding(t))
+        return causal_estimate(q, k, v, estimator, padding(t))
+    return bidirectional_estimate(q, k, v, estimator, padding(t)), None
 
 
 def approximation(t: SiteTensors, config: Mapping[str, Any]) -> torch.Tensor:
@@ -103,7 +163,22 @@ def approximation(t: SiteTensors, config: Mapping[str, Any]) -> torch.Tensor:
         q, k, config["slices"], t.bias(), scale=t.site.scores.alpha, enable_gqa=t.grouped, **masks
     )
     widths = slice_widths(t.length, config["slices"], device=q.device, **masks)
-    return approximation_loss(estimate(t, config).estimated, teacher, widths)
+    return approximation_loss(estimate(t, config)[0].estimated, teacher, widths)
+
+
+def joint_approximation(
+    t: SiteTensors, config: Mapping[str, Any], teacher: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Return the losses of a site's estimate and of its dense attention against that of a ``teacher``, a number.
+
+    Queries and keys of the teacher are as they are scored, [B, H, L, D] and [B, Hkv, L, D].
+    """
+    q, k = common_dtype(t.query(), t.key())
+    masks = {"scale": t.site.scores.alpha, "enable_gqa": t.grouped, **visibility(t), "padding": padding(t)}
+    statistics = teacher_statistics(*teacher, config["slices"], t.bias(), **masks)
+    widths = slice_widths(t.length, config["slices"], device=q.device, **visibility(t), padding=padding(t))
+    approximated = approximation_loss(estimate(t, config)[0].estimated, statistics, widths)
+    return approximated + attention_loss(q, k, *teacher, t.bias(), **masks)
 
 
 def visibility(t: SiteTensors) -> dict[str, Any]:
@@ -117,6 +192,24 @@ def padding(t: SiteTensors) -> torch.Tensor | None:
     return None if real is None else real[:, 0, 0].expand(-1, t.width)
 
 
+def _check_mask(site: Attention) -> None:
+    seen = site.visibility
+    if seen.dense:
+        raise _reject(site, "SEA cuts the keys that a query sees into slices, and this mask is custom")
+    if seen.documents and (seen.facts.offset is None or not all(map(from_positions, seen.documents))):
+        raise _reject(site, "SEA cuts slices from one sequence, and this mask splits it into packed documents")
+    if seen.bias_may_hide:
+        raise _reject(site, "SEA counts the keys that a query sees, and a bias that is added here may hide some")
+
+
+def _check_step(site: Attention, request: Request) -> None:
+    """Refuse queries that continue a cache where the mask of a step does not tell what they see."""
+    if not request.config["strict_window"]:
+        raise _reject(site, "the mask of a step tells no window, so with strict_window=False no cache is continued")
+    if site.dropout > 0:
+        raise _reject(site, "steps with a cache have no dropout; call model.eval()")
+
+
 def _check_sequence(site: Attention) -> None:
     """Refuse queries and keys of different sequences, and queries that continue a cache."""
     from attnrewrite.passes.facts.collect import is_cross
@@ -125,8 +218,8 @@ def _check_sequence(site: Attention) -> None:
     if offset not in (None, 0) or (offset == 0 and not same_length(site)):
         raise _reject(
             site,
-            "the queries continue a cache, and the estimate's running sums of the earlier tokens are not known; "
-            "call the model with use_cache=False",
+            "the queries continue a cache that does not hold the estimate's running sums of the earlier tokens; "
+            "convert() a model of transformers, or call it with use_cache=False",
         )
     if not same_length(site):
         raise _reject(

@@ -9,11 +9,12 @@ from torch import fx
 
 from attnrewrite.kernels.strips import draw_seed
 from attnrewrite.kernels.visibility import accumulation_dtype
-from attnrewrite.passes.attention.form import NEGLIGIBLE, Attention, Reject
+from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.graph.axes import same
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows
+from attnrewrite.passes.rules.steps import check_causal, held, step_mask
 
 _NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
 
@@ -71,14 +72,15 @@ class SelectiveRule:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
             whole, bounded = same_length(t.site) and not t.site.visibility.dense, "budget" in t.extra
             one = q.new_ones((), dtype=accumulation_dtype(q.dtype))
+            states = [held(t, name) for name in ("votes", "protected")]
             out, votes, protected = step(
                 q,
                 k,
                 v,
                 t.extra.get("gamma", one),
-                *(t.extra[name].clone() for name in ("votes", "protected")),  # backward needs them as they are now
+                *(state.clone() for state in states),  # backward needs them as they are now
                 _newest(t) if bounded and not whole else _mask(t, whole=whole),
-                t.extra.get("position"),
+                None if whole else t.extra.get("position"),
                 draw_seed(q, t.site.dropout),
                 t.extra.get("budget"),
                 t.site.scores.alpha,
@@ -88,8 +90,8 @@ class SelectiveRule:
                 head,
                 protect,
             )
-            t.extra["votes"].copy_(votes)
-            t.extra["protected"].copy_(protected)
+            for state, after in zip(states, (votes, protected), strict=True):
+                state.copy_(after)
             return out if bounded else empty_rows(t, out, q, k, v, forward=True)
 
         return continued if request.state else selective
@@ -97,14 +99,10 @@ class SelectiveRule:
 
 def _mask(t: SiteTensors, *, whole: bool) -> torch.Tensor | None:
     """Return the mask [B|1, H|1, L|1, S]: boolean, or a bias. Over a ``whole`` sequence, causality is a flag."""
-    bias = t.bias()
-    if whole:
-        padding, documents = t.padding(), t.documents()
-        seen = padding if documents is None else documents if padding is None else padding & documents
-    else:
-        seen = t.visible()
-        if bias is not None and not t.site.visibility.bias_is_small:  # it may be a mask that was made elsewhere
-            bias = bias.masked_fill(bias <= max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2), float("-inf"))
+    if not whole:
+        return step_mask(t)
+    bias, padding, documents = t.bias(), t.padding(), t.documents()
+    seen = padding if documents is None else documents if padding is None else padding & documents
     if bias is None:
         return seen
     return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
@@ -125,10 +123,7 @@ def _check_step(site: Attention, *, bounded: bool) -> None:
     if bounded and (seen.bias or seen.facts.window is not None):
         what = "a window" if seen.facts.window is not None else "a bias"
         raise Reject("AR307", f"{what} needs the places of keys, which a cache with budgets does not keep", site.anchor)
-    masked = seen.facts.offset is not None or seen.dense or not seen.bias_is_small
-    if not masked and not same(site.sizes()["L"], 1):
-        detail = "selective attention is defined for causal attention; here new queries see all keys"
-        raise Reject("AR307", detail, site.anchor, _NEAREST)
+    check_causal(site)
 
 
 def _check_whole(site: Attention) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from torch import nn
 import attnrewrite
 from attnrewrite import AttnRewriteError, SEAConfig, SelectiveConfig
 from attnrewrite.conversion import new_parameters
+from attnrewrite.distillation import output_error
+from attnrewrite.joint_distillation import joint_steps
 from attnrewrite.observation import observe
+from attnrewrite.passes.rules.sdpa import exact
 from attnrewrite.passes.rules.sea import estimate
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -67,7 +71,7 @@ def test_the_loss_is_that_of_the_definition() -> None:
         k = t.key().repeat_interleave(2, 1)
         seen = torch.ones(n, n).tril().bool()
         A = (t.query() @ k.mT * t.site.scores.alpha).masked_fill(~seen, -torch.inf).softmax(-1)
-        z = estimate(t, at.request.config).estimated
+        z = estimate(t, at.request.config)[0].estimated
         column = torch.zeros(n, n, dtype=torch.long)
         for i in range(n):
             edges = [(2 * m * (i + 1) + M) // (2 * M) for m in range(M + 1)]
@@ -140,3 +144,61 @@ def test_the_command_trains_a_saved_conversion(folder: str, run_json: Any, run: 
     assert (run_json(*words)[1]["error"]["code"], run(*words, "--overwrite")[0]) == ("AR601", 0)
     code, data = run_json("distill", folder, tmp_path / "no", "--seq-len", 32)
     assert (code, data["error"]["code"]) == (1, "AR310")
+
+
+def test_in_the_stage_of_all_weights_the_model_learns_from_a_copy_of_itself() -> None:
+    model = teacher(LLAMA)
+    ids = torch.randint(3, 64, (4, 12))
+    batches = [{"input_ids": ids, "labels": ids, "use_cache": False}]
+    attnrewrite.convert(model, SMALL, example_kwargs=LLAMA.inputs())
+    new = {name for name, _ in new_parameters(model)}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    told = list[float]()
+    record = attnrewrite.distill(
+        model, batches, steps=20, lr=1e-2, base_lr=1e-3, stage="all", progress=lambda _, loss: told.append(loss)
+    )
+    assert record.steps == len(told) == 20
+    assert list(record.before) == list(record.after) == list(LLAMA.layers)
+    assert all(record.after[layer] < 0.9 * record.before[layer] for layer in LLAMA.layers)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert {name for name in moved if name not in new} == {name for name, _ in model.named_parameters()} - new
+    assert any(".scales." in name for name in moved)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    with pytest.raises(AttnRewriteError, match=r"AR102[^$]*stage is 'base'"):
+        attnrewrite.distill(model, batches, steps=1, stage="base")  # type: ignore[arg-type]
+
+
+def test_the_joint_loss_is_that_of_the_definition() -> None:
+    """Before the first step a student with its teacher's weights has the dense attention of its teacher."""
+    model = teacher(LLAMA).double()
+    ids = LLAMA.inputs()["input_ids"]
+    batch = {"input_ids": ids, "labels": ids, "use_cache": False, "output_hidden_states": True}
+    theirs = model(**batch)
+    attnrewrite.convert(model, SMALL, example_kwargs=LLAMA.inputs())
+    model.double()
+    alone = attnrewrite.distill(model, [batch], steps=1, lr=0.0, weight_decay=0.0).before
+    outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    ours = model(**batch)
+    step = next(joint_steps(model, [batch]))
+    first = LLAMA.layers[0]
+    observe(model, [batch], lambda at: outputs.append((output_error(at), exact(at.tensors))))
+    ctx = float(outputs[0][0]) * float(outputs[0][1].square().mean())
+    assert step.layers[first] == pytest.approx(alone[first] + ctx, rel=1e-6)
+    pairs = zip(ours.hidden_states, theirs.hidden_states, strict=True)
+    hidden = torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
+    p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
+    kl = (p * (p / q).log()).sum(-1).mean()
+    own = float((5 * hidden + 0.2 * kl + 0.1 * ours.loss).detach())
+    assert float(step.total.detach()) == pytest.approx(
+        statistics.fmean(step.layers.values()) + float(own.detach()), rel=1e-5
+    )
+
+
+def test_other_variants_have_the_stage_of_all_weights_too() -> None:
+    model = teacher(LLAMA)
+    attnrewrite.convert(model, SelectiveConfig(), example_kwargs=LLAMA.inputs())
+    for _, gamma in new_parameters(model):
+        nn.init.constant_(gamma, 0.5)
+    record = attnrewrite.distill(model, [LLAMA.inputs()], steps=10, lr=2e-2, base_lr=1e-4, stage="all")
+    assert all(record.after[layer] < record.before[layer] for layer in LLAMA.layers)

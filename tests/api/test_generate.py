@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build
+from generation import IDS, LENGTH, MASK, PLACES, REAL, stepwise, whole
 from tiny import llama
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
@@ -18,11 +19,6 @@ from attnrewrite import AttnRewriteError, SelectiveConfig
 from attnrewrite.inference import SelectiveCache, search_budgets
 
 BY_NAME = {family.name: family for family in FAMILIES}
-LENGTH = 14
-IDS = torch.randint(3, 60, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-MASK = torch.ones_like(IDS).index_put((torch.tensor(0), torch.arange(3)), torch.tensor(0))  # three pads on the left
-PLACES = (MASK.cumsum(-1) - 1).clamp(min=0)
-REAL = MASK.bool()
 
 
 def converted(model: nn.Module, plan: Any = None) -> Any:
@@ -44,23 +40,7 @@ def model() -> Any:
     return found
 
 
-def stepwise(model: Any, cache: Any, cuts: tuple[int, ...]) -> Tensor:
-    """Return the logits of the real tokens, computed in pieces that end at ``cuts``."""
-    out, start = [], 0
-    with torch.no_grad():
-        for stop in (*cuts, LENGTH):
-            given = {"attention_mask": MASK[:, :stop], "position_ids": PLACES[:, start:stop]}
-            out.append(model(IDS[:, start:stop], past_key_values=cache, **given).logits)
-            start = stop
-    return torch.cat(out, 1)[REAL]
-
-
-def whole(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(IDS, attention_mask=MASK, position_ids=PLACES, use_cache=False).logits[REAL]
-        return found
-
-
+STATIC = {"cache_implementation": "static"}
 MANNERS = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 2.0},
@@ -72,7 +52,7 @@ MANNERS = {
 def test_tokens_are_those_of_generation_without_a_cache(model: Any, manner: str) -> None:
     settings = {**MANNERS[manner], "output_logits": True, "return_dict_in_generate": True}
     found = []
-    for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+    for cache in ({"use_cache": False}, {}, STATIC):
         torch.manual_seed(1)
         found.append(model.generate(IDS[:, :9], attention_mask=MASK[:, :9], **settings, **cache))
     expected, *cached = found
@@ -81,6 +61,13 @@ def test_tokens_are_those_of_generation_without_a_cache(model: Any, manner: str)
         for a, b in zip(other.logits, expected.logits, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
     assert (type(cached[0].past_key_values), type(cached[1].past_key_values)) == (DynamicCache, StaticCache)
+
+
+def test_a_prompt_without_padding_in_a_cache_of_fixed_size(model: Any) -> None:
+    """transformers gives such a prompt no mask, and only the places of the cache that it fills."""
+    settings = {"attention_mask": torch.ones_like(MASK[:, :9]), "do_sample": False, "max_new_tokens": 3}
+    found = [model.generate(IDS[:, :9], **settings, **how) for how in ({"use_cache": False}, STATIC)]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

@@ -199,14 +199,6 @@ def test_compiled_by_the_user_it_is_the_same(inner: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_a_cache_cannot_be_continued() -> None:
-    model = build(LLAMA, "sdpa")
-    ids = LLAMA.inputs()["input_ids"]
-    attnrewrite.convert(model, SMALL, example_inputs=(ids,))
-    with pytest.raises(BackendCompilerFailed, match=r"AR307[^$]*continue a cache"):
-        model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
-
-
 def test_packed_documents_and_cross_attention_are_refused_and_a_plan_leaves_them_out() -> None:
     model, inputs = build(BY_NAME["t5"], "eager"), BY_NAME["t5"].inputs()
     with pytest.raises(AttnRewriteError, match=r"AR307[^$]*different sequences"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 import attnrewrite
+from attnrewrite import AttnRewriteError
 from attnrewrite.kernels.decompositions import decompositions
 from attnrewrite.kernels.largest import among_largest
 from attnrewrite.kernels.sdpa.decomposition import scaled_dot_product_attention
@@ -20,9 +21,10 @@ from attnrewrite.kernels.sdpa.decomposition import scaled_dot_product_attention
 B, H, HKV, D, DV = 2, 4, 2, 4, 3
 TABLE = decompositions()
 READY = "attnrewrite.routing_ready.default"
-NAMES = sorted({str(operator) for operator in TABLE} - {READY})
-"""The attentions; beside them there is one operator that only checks."""
-NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward", "routing_learn", "selective_decode")
+DOCUMENT = "attnrewrite.sea_one_document.default"
+NAMES = sorted({str(operator) for operator in TABLE} - {READY, DOCUMENT})
+"""The attentions; beside them there are two operators that only check."""
+NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward", "routing_learn", "selective_decode", "sea_decode")
 """Markers, gradients, centroids that follow the data, and decoding with a cache, which a program does not hold."""
 VISIBLE = [(True, None), (True, 3), (False, None)]
 
@@ -90,7 +92,7 @@ def _routing(draw: Drawn, qkv: tuple[Tensor, ...], mask: Any, causal: bool, wind
         centers = (draw(groups, D), None if shared else draw(groups, D))
         logits = "normed" if w == 3 else "raw"
         options = (rule, w, shared, logits, causal, None, window, True)
-        found.append((q, k, v, draw(groups, 3, D), mask, *centers, None, None, None, *options))
+        found.append((q, k, v, draw(groups, 3, D), mask, *centers, *[None] * 5, *options))
     return found
 
 
@@ -118,7 +120,7 @@ def test_computes_what_the_operator_computes(name: str, L: int) -> None:
 def test_every_operator_of_an_inference_graph_has_one() -> None:
     ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("attnrewrite::")]
     needed = [name for name in ours if not any(part in name for part in NO_PART_OF_INFERENCE)]
-    assert {f"attnrewrite.{name.partition('::')[2]}.default" for name in needed} == {*NAMES, READY}
+    assert {f"attnrewrite.{name.partition('::')[2]}.default" for name in needed} == {*NAMES, READY, DOCUMENT}
 
 
 def test_the_check_of_centroids_returns_them() -> None:
@@ -126,6 +128,33 @@ def test_the_check_of_centroids_returns_them() -> None:
     ready = torch.ops.attnrewrite.routing_ready.default
     for steps in (0, 5):
         assert torch.equal(TABLE[ready](centroids, torch.tensor(steps)), ready(centroids, torch.tensor(steps)))
+
+
+def test_the_check_of_documents_returns_the_features_or_nothing() -> None:
+    features, documents = torch.randn(3, D), torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    one = torch.ops.attnrewrite.sea_one_document.default
+    assert torch.equal(TABLE[one](features, documents), one(features, documents))
+    documents[1, 0, 4, 0] = False
+    assert TABLE[one](features, documents).isnan().all()
+    with pytest.raises(AttnRewriteError, match="AR307"):
+        one(features, documents)
+
+
+def test_routing_with_a_cache() -> None:
+    """Keys whose clusters are known, in a cache that ends with the queries' or has a fixed size."""
+    draw, L, S = Drawn(9), 3, 9
+    whole = operator("attnrewrite.routing_attention.default")
+    for shared, normed, window, place in itertools.product((False, True), (False, True), (None, 3), (None, 4)):
+        heads = H if shared else HKV
+        position = None if place is None else torch.tensor(place)
+        cluster = torch.randint(4, (B, heads, S), generator=draw.random)  # of 3 clusters; the last is padding
+        valid = torch.rand(B, S, generator=draw.random) > 0.2
+        tensors = (draw(B, H, L, D), draw(B, heads, S, D), draw(B, heads, S, DV), draw(heads, 3, D), None)
+        centers = (draw(heads, D), None if shared else draw(heads, D), None, None)
+        logits = "normed" if normed else "raw"
+        options = ("argmax_window", 2, shared, logits, True, None, window, False)
+        given = (*tensors, *centers, valid, cluster, position, *options)
+        torch.testing.assert_close(TABLE[whole](*given), whole(*given), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -194,8 +223,8 @@ ONE = {
     "attnrewrite.ssa_attention.default": [(None, 0.5, 0.0, True, None, None)],
     "attnrewrite.symmetric_attention.default": [(None, 0.5, 0.0, False, None, None, True)],
     "attnrewrite.routing_attention.default": [
-        (None, None, None, None, None, "argmax_window", 3, False, "raw", True, None, None, False),
-        (None, None, None, None, None, "topw", None, False, "normed", False, None, None, False),
+        (*[None] * 7, "argmax_window", 3, False, "raw", True, None, None, False),
+        (*[None] * 7, "topw", None, False, "normed", False, None, None, False),
     ],
     "attnrewrite.sea_attention.default": [
         (True, None, None, 2, "exact", "causal_per_batch", None, None),
