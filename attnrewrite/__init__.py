@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attnrewrite.backend import Backend as Backend
     from attnrewrite.calibration import calibrate as calibrate
     from attnrewrite.calibration import update as update
+    from attnrewrite.conversion import conversion_of as conversion_of
     from attnrewrite.conversion import convert as convert
     from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
@@ -68,6 +69,7 @@ _PUBLIC = {
     "SymmetricConfig": "variants",
     "VariantConfig": "variants",
     "calibrate": "calibration",
+    "conversion_of": "conversion",
     "convert": "conversion",
     "distance": "distances",
     "distill": "distillation",
