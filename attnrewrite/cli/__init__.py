@@ -23,6 +23,7 @@ VERBS = {
     "variants": "List the attention variants, or show one with its fields.",
     "explain": "Find the attention in MODEL and say what can be rewritten.",
     "convert": "Put a variant into MODEL and write it to OUT.",
+    "calibrate": "Set what a conversion of MODEL learns from real inputs, and write it to OUT.",
     "distill": "Train what a conversion added to MODEL, and write it to OUT.",
     "export": "Write MODEL with its attention rewritten, for other compilers.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
