@@ -223,6 +223,7 @@ def _write(model: torch.nn.Module, conversion: Conversion, folder: Path) -> None
     report = {"sites": [s["layer"] for s in sites], "fit_errors": fit_errors(model), "distance": distance}
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors keeps it from all but the owner
     if not (folder / CARD).exists():
         (folder / CARD).write_text(_card(model, conversion))
 

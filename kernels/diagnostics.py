@@ -246,7 +246,7 @@ _ALL = [
         "AR305",
         "model is already converted",
         "The model carries a conversion. Converting twice would stack two variants on the same layers.",
-        "call attnrewrite.restore(model) first",
+        "call attnrewrite.restore(model) first, or convert the original model",
     ),
     Diagnostic(
         "AR306",

@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(format=format_in(words), verbose="-v" in words or "--verbose" in words)
     try:
-        code = cli.main(words, prog_name="attnrewrite", standalone_mode=False, obj=output)
+        with output.plain_warnings():
+            code = cli.main(words, prog_name="attnrewrite", standalone_mode=False, obj=output)
     except click.ClickException as error:
         return _usage(output, error)
     except (click.Abort, KeyboardInterrupt):

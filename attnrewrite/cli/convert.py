@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,11 +159,11 @@ def _view(data: dict[str, Any], distance: Distance | None) -> RenderableType:
 
     by_config: dict[str, list[str]] = {}
     for layer, config in data["sites"].items():
-        shown = ", ".join(f"{key}={value}" for key, value in config.items() if key != "variant")
-        by_config.setdefault(f"{config['variant']}  {shown}", []).append(layer)
+        by_config.setdefault(_changed(config), []).append(layer)
     total = len(data["sites"])
     verb = "would be converted" if data["dry_run"] else "converted"
-    verified = ", outputs compared" if data["verified"] else ", outputs not compared"
+    same = data["verified"] and not data["needs_calibration"]
+    verified = ", outputs not compared" if not same else ", outputs compared" if distance is None else ", measured"
     lines = [Text(f"{data['model']} · {total} site{'' if total == 1 else 's'} {verb}{verified}", style="bold")]
     for config, layers in by_config.items():
         lines += [Text(f"  {path} → {config}") for path, _ in fold_paths(layers)]
@@ -174,6 +174,15 @@ def _view(data: dict[str, Any], distance: Distance | None) -> RenderableType:
     if data["needs_calibration"] and not data["dry_run"]:
         lines.append(Text(f"next: attnrewrite calibrate {data['out']} CALIBRATED", style="bold"))
     return Group(*lines)
+
+
+def _changed(config: dict[str, Any]) -> str:
+    """Name the variant, and the fields that differ from their defaults."""
+    from attnrewrite.variants import variant_info
+
+    defaults = {field.name: field.default for field in fields(variant_info(config["variant"]).config)}
+    changed = [f"{key}={config[key]}" for key in defaults if config[key] != defaults[key]]
+    return "  ".join([config["variant"], *([", ".join(changed)] if changed else [])])
 
 
 def _measured(errors: dict[str, dict[str, list[float] | None]], distance: Distance | None) -> Iterator[str]:

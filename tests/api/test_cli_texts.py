@@ -32,6 +32,8 @@ def test_from_a_conversion_to_a_calibrated_model(folder: str, run: Any, run_json
     start, out = text.parent / "routing", text.parent / "calibrated"
     code, said, _ = run("convert", folder, start, *ROUTING)
     assert code == 0
+    assert "2 sites converted, outputs not compared" in said
+    assert "→ routing  clusters=4, window_size=8\n" in said
     assert f"next: attnrewrite calibrate {start}" in said
     code, data = run_json("eval", start, "--text", text, "--seq-len", 32)
     assert (code, data["error"]["code"]) == (1, "AR315")
@@ -110,3 +112,13 @@ def test_convert_says_how_far_an_approximation_is(folder: str, run: Any, run_jso
     said = run("convert", folder, tmp_path / "out", *raw)[1]
     for part in ("relative error of the attention weights: ", "attention results: ", "divergence of the next tokens: "):
         assert part in said
+
+
+def test_warnings_are_for_people(folder: str, run: Any, tmp_path: Path) -> None:
+    """The layer that is left as it is is named, and no line of code is."""
+    words = ("--variant", "symmetric", "--set", "max_error=0.865", "--dry-run")
+    code, said, err = run("convert", folder, tmp_path / "out", *words)
+    assert code == 0
+    assert "1 site would be converted, measured" in said
+    assert err.startswith("warning: AR321 ")
+    assert "sharing.py" not in err
