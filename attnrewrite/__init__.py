@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from attnrewrite.calibration import calibrate as calibrate
     from attnrewrite.calibration import update as update
     from attnrewrite.commitment import with_commitment as with_commitment
+    from attnrewrite.conversion import conversion_of as conversion_of
     from attnrewrite.conversion import convert as convert
     from attnrewrite.conversion import fit_errors as fit_errors
     from attnrewrite.conversion import restore as restore
@@ -69,6 +70,7 @@ _PUBLIC = {
     "SymmetricConfig": "variants",
     "VariantConfig": "variants",
     "calibrate": "calibration",
+    "conversion_of": "conversion",
     "convert": "conversion",
     "distance": "distances",
     "distill": "distillation",

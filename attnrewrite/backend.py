@@ -129,7 +129,7 @@ class Backend:
             report, assumed = self._pipeline().rewrite(capture)
         except AttnRewriteError as failure:
             if self._must_raise(gm):
-                raise
+                raise _with_its_cause(failure, gm) from None
             _warn(failure)
             return None
         except RestartAnalysis:  # Dynamo's own control flow
@@ -216,6 +216,16 @@ def globs(value: str | Sequence[str]) -> tuple[str, ...]:
 def _convert_hint(config: VariantConfig) -> str:
     hint = "call attnrewrite.convert(model, config, example_inputs=...) first, then compile without naming a variant"
     return hint + ("; or use SelectiveConfig(mode='raw')" if config.variant == "selective" else "")
+
+
+def _with_its_cause(failure: AttnRewriteError, gm: fx.GraphModule) -> AttnRewriteError:
+    """Say so where it is torch that has cut a converted layer in two, to send gradients early."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if failure.code != "AR309" or "DDPOptimizer" not in getattr(reason, "reason", ""):
+        return failure
+    detail = f"{failure.detail}; an edge of DistributedDataParallel's buckets lies between its input and its attention"
+    hint = "set torch._dynamo.config.optimize_ddp = False before the first call: the graph then stays whole"
+    return error("AR309", detail, layer=failure.layer, hint=hint)
 
 
 def _warn(failure: AttnRewriteError) -> None:

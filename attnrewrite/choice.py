@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import torch
 
 from attnrewrite.backend import resolve
 from attnrewrite.kernels.diagnostics import closest, error
@@ -13,7 +15,7 @@ from attnrewrite.passes.report import Site
 from attnrewrite.passes.rewriting.select import matches
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.variants import VariantConfig
+from attnrewrite.variants import Swap, VariantConfig
 
 Plan = VariantConfig | str | Mapping[str, VariantConfig | str]
 Wishes = list[tuple[tuple[str, ...], VariantConfig]]
@@ -70,3 +72,19 @@ def _covers(config: VariantConfig, site: Attention, row: Site) -> bool:
         row.rejections.append(reject.rejection(row.layer, row.source))
         return False
     return True
+
+
+def check_names(model: torch.nn.Module, chosen: Chosen) -> None:
+    """Raise VariantError AR311 where a layer has something else under the name of its new parameters."""
+    for layer, (config, _, _) in chosen.items():
+        if config.adds_parameters and not config.swaps_modules and hasattr(model.get_submodule(layer), config.variant):
+            raise error("AR311", f"the layer has an attribute {config.variant!r}", layer=layer)
+
+
+def swaps(model: torch.nn.Module, capture: Capture, chosen: Chosen, run: Callable[[], object]) -> dict[str, Swap]:
+    """Make what takes the places of modules, config by config; ``run`` runs the model as it is."""
+    found: dict[str, Swap] = {}
+    for config in dict.fromkeys(config for config, _, _ in chosen.values() if config.swaps_modules):
+        sites = {layer: (site, row) for layer, (wanted, site, row) in chosen.items() if wanted == config}
+        found |= config.swaps(model, capture, sites, run)
+    return found

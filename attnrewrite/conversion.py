@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from attnrewrite.backend import Backend, globs
-from attnrewrite.choice import Chosen, Plan, choose, wishes
+from attnrewrite.choice import Plan, check_names, choose, swaps, wishes
+from attnrewrite.distances import Distance, distance_from, record
 from attnrewrite.dynamo import many_recompilations
 from attnrewrite.explanation import capture_model, uncompiled, without_cache
 from attnrewrite.hooks import EnterHook, LeaveHook, MarkedForward
 from attnrewrite.kernels.diagnostics import error
+from attnrewrite.observation import Call
 from attnrewrite.passes.attention.form import Attention
-from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.pipeline import Pipeline
 from attnrewrite.variants import Swap, VariantConfig
 from attnrewrite.verification import compare, outputs
@@ -27,10 +28,15 @@ _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a model was converted to: layer path -> config; and what is known of the modules that were replaced."""
+    """What a model was converted to: layer path -> config; and what is known of the modules that were replaced.
+
+    ``distance`` is how far the model was from the original on the example inputs when it was converted; None where it
+    started as the same function, waits for its calibration, was not verified, or was loaded.
+    """
 
     sites: dict[str, VariantConfig]
     details: dict[str, dict[str, Any]]
+    distance: Distance | None = field(default=None, compare=False)
 
 
 def convert(
@@ -50,10 +56,11 @@ def convert(
     and saved at once; ``model.compile(backend="attnrewrite")`` replaces that by full compilation.
 
     plan: one config (or variant name), or globs on layer paths -> config, of which the first that matches is taken.
-    example_inputs, example_kwargs: inputs that the model runs on; only their shapes and dtypes matter.
+    example_inputs, example_kwargs: inputs that the model runs on; their values matter only where they are measured.
     targets, exclude: globs on layer paths to take or to leave.
-    verify: prove every match, run the converted model once on the example inputs, and where the config starts as the
-        same function, compare.
+    verify: prove every match, run the converted model on the example inputs, and compare it with the original. Where
+        the config starts as the same function, outputs must agree; else ``conversion_of(model).distance`` tells how far
+        they are apart.
 
     A failed conversion leaves the model exactly as it was.
 
@@ -72,25 +79,28 @@ def convert(
     kwargs = dict(example_kwargs or {})
     capture = capture_model(model, example_inputs, kwargs)
     chosen = choose(Pipeline(verify=verify), capture, wanted, globs(exclude))
-    _check_names(model, chosen)
-    swaps = _swaps(model, capture, chosen, lambda: _reference(model, example_inputs, kwargs))
-    expected = _reference(model, example_inputs, kwargs) if verify else None
+    check_names(model, chosen)
+    replaced = swaps(model, capture, chosen, lambda: _reference(model, example_inputs, kwargs))
+    configs = [config for config, _, _ in chosen.values()]
+    same = all(config.starts_as_identity for config in configs)
+    expected = _reference(model, example_inputs, kwargs) if verify and same else None
+    # What learns from inputs is nothing yet.
+    measured = verify and not same and not any(config.learns_from_inputs for config in configs)
+    before = record(model, Call(tuple(example_inputs), kwargs)) if measured else None
     try:
         for layer, (config, site, _) in chosen.items():
             if not config.swaps_modules:
                 _install(model, layer, config, site)
-            elif layer in swaps:
-                install(model, layer, config, None, swaps[layer])
+            elif layer in replaced:
+                install(model, layer, config, None, replaced[layer])
         compile_in_place(model)
-        if expected is not None:
+        if verify:
             with without_cache(model, kwargs) as inputs:
-                compare(
-                    model,
-                    example_inputs,
-                    inputs,
-                    expected,
-                    all(c.starts_as_identity for c, _, _ in chosen.values()),
-                )
+                compare(model, example_inputs, inputs, expected)
+        if before is not None:
+            found = distance_from([before], model)
+            for _, hook in _hooks(model):
+                hook.distance = found
     except BaseException:
         _remove(model)
         raise
@@ -117,8 +127,10 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 def conversion_of(model: torch.nn.Module) -> Conversion | None:
     """Return what ``model`` was converted to, or None."""
     hooks = [hook for _, hook in _hooks(model)]
+    if not hooks:
+        return None
     details = {hook.layer: hook.details for hook in hooks if hook.details}
-    return Conversion({hook.layer: hook.config for hook in hooks}, details) if hooks else None
+    return Conversion({hook.layer: hook.config for hook in hooks}, details, hooks[0].distance)
 
 
 def fit_errors(model: torch.nn.Module) -> dict[str, dict[str, list[float] | None]]:
@@ -283,21 +295,6 @@ def _describe(model: torch.nn.Module) -> str:
     assert found is not None
     names = dict.fromkeys(config.variant for config in found.sites.values())
     return f"{', '.join(names)} in {len(found.sites)} layers"
-
-
-def _swaps(model: torch.nn.Module, capture: Capture, chosen: Chosen, run: Callable[[], object]) -> dict[str, Swap]:
-    """Make what takes the places of modules, config by config."""
-    found: dict[str, Swap] = {}
-    for config in dict.fromkeys(config for config, _, _ in chosen.values() if config.swaps_modules):
-        sites = {layer: (site, row) for layer, (wanted, site, row) in chosen.items() if wanted == config}
-        found |= config.swaps(model, capture, sites, run)
-    return found
-
-
-def _check_names(model: torch.nn.Module, chosen: Chosen) -> None:
-    for layer, (config, _, _) in chosen.items():
-        if config.adds_parameters and not config.swaps_modules and hasattr(model.get_submodule(layer), config.variant):
-            raise error("AR311", f"the layer has an attribute {config.variant!r}", layer=layer)
 
 
 def _reference(model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from attnrewrite.kernels.diagnostics import error
 from attnrewrite.observation import Batch, Observed, outputs_observed
 from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.sdpa import exact
 
-Layers = dict[str, list[Tensor]]
+_COLUMNS, _POSITIONS = 256, 128
+"""Keys whose attention weights, and positions whose next-token distributions are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,65 +40,111 @@ class Distance:
     kl: float | None
 
 
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One call of a teacher: what its attentions got, in order, and what it gave."""
+
+    batch: Batch
+    attentions: list[SiteTensors]
+    out: Any
+
+
 def distance(model: torch.nn.Module, teacher: torch.nn.Module, batches: Iterable[Batch]) -> Distance:
     """Run both on ``batches``, each on its own activations, and compare what their attentions give.
 
-    A layer's error holds that of the layers below it. The attention weights of one batch at a time are kept, for all
-    layers. ``kl`` is KL(teacher || model) over the last axis of ``logits``, where the models give any.
+    A layer's error holds that of the layers below it. ``kl`` is KL(teacher || model) over the last axis of ``logits``,
+    where the models give any. The teacher may be the converted ``model`` itself, which then runs as it was before,
+    unless the conversion replaced modules. Queries, keys and values of one batch at a time are kept, for all layers.
 
-    Raises what the models raise, and ValueError where their attentions are not the same layers.
+    Raises what the models raise, and CaptureError AR102 where their attentions are not the same layers.
     """
-    sums: dict[str, list[Tensor]] = {}
-    divergence: list[Tensor] = []
-    for batch in batches:
-        expected, theirs = _run(teacher, batch, converted=False)
-        found, ours = _run(model, batch, converted=True)
-        if list(theirs) != list(ours):
-            raise ValueError(f"the models attend in different layers: {list(theirs)} and {list(ours)}")
-        for layer, (weights, result) in theirs.items():
-            parts = [_squares(ours[layer][0], weights), _squares(ours[layer][1], result)]
-            before = sums.setdefault(layer, [torch.zeros_like(p) for p in parts])
-            sums[layer] = [a + b for a, b in zip(before, parts, strict=True)]
-        divergence += _divergence(found, expected)
-    layers = [LayerDistance(layer, *(_relative(x) for x in parts)) for layer, parts in sums.items()]
-    return Distance(layers, float(torch.cat(divergence).mean()) if divergence else None)
+    return distance_from((record(teacher, batch) for batch in batches), model)
 
 
+def record(teacher: torch.nn.Module, batch: Batch) -> Record:
+    """Run ``teacher`` on ``batch``; a converted model runs as it was before."""
+    seen: list[SiteTensors] = []
+    (out,) = outputs_observed(teacher, [batch], lambda at: seen.append(at.tensors))
+    return Record(batch, seen, out)
+
+
+def distance_from(records: Iterable[Record], model: torch.nn.Module) -> Distance:
+    """Do what ``distance`` does, with a teacher that has been run already."""
+    layers, sums, divergence = list[str](), list[Tensor](), list[Tensor]()
+    for theirs in records:
+        layers = [tensors.site.layer for tensors in theirs.attentions]
+        found, out = _compared(model, theirs)
+        sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
+        divergence += _divergence(out, theirs.out)
+    rows = [LayerDistance(layer, *map(_relative, part)) for layer, part in zip(layers, sums, strict=True)]
+    return Distance(rows, float(torch.cat(divergence).mean()) if divergence else None)
+
+
+def _compared(model: torch.nn.Module, theirs: Record) -> tuple[list[Tensor], Any]:
+    """Run ``model`` as it is; return the squares of every layer, and what the model gives."""
+    found: list[Tensor] = []
+
+    def see(at: Observed) -> None:
+        expected = theirs.attentions[len(found)] if len(found) < len(theirs.attentions) else None
+        if expected is None or expected.site.layer != at.site.layer:
+            raise _different(at.site.layer)
+        function = exact if at.request.marker is None else RULES[at.request.variant].function(at.request)
+        found.append(_squares(function, at.tensors, expected))
+
+    (out,) = outputs_observed(model, [theirs.batch], see, converted=True)
+    if len(found) < len(theirs.attentions):
+        raise _different(theirs.attentions[len(found)].site.layer)
+    return found, out
+
+
+def _different(layer: str) -> Exception:
+    return error("AR102", f"only one of the models attends in {layer}", hint="compare models of the same layers")
+
+
+@dataclass(eq=False, repr=False)
 class _Weights(SiteTensors):
-    """The site's tensors with the identity in the place of the values: the result is the attention weights."""
+    """The site's tensors with columns of the identity in the place of the values: the result is attention weights."""
+
+    first: int = 0
 
     def attended(self) -> Tensor:
         value = self.value()
-        eye = torch.eye(value.shape[2], dtype=value.dtype, device=value.device)
-        return eye.expand(*value.shape[:2], -1, -1)
+        S, device = value.shape[2], value.device
+        columns = torch.arange(self.first, min(self.first + _COLUMNS, S), device=device)
+        part = (torch.arange(S, device=device)[:, None] == columns).to(value.dtype)  # [S, columns]
+        return part.expand(*value.shape[:2], -1, -1)
 
 
-def _run(model: torch.nn.Module, batch: Batch, *, converted: bool) -> tuple[Any, Layers]:
-    layers: Layers = {}
+def _squares(function: Callable[[SiteTensors], Tensor], ours: SiteTensors, theirs: SiteTensors) -> Tensor:
+    """Return squared errors and squared norms of every head: ``[[maps, ..], [outputs, ..]]``, [2, 2, H]."""
 
-    def see(at: Observed) -> None:
-        plain = not converted or at.request.marker is None
-        function = exact if plain else RULES[at.request.variant].function(at.request)
-        weights = _Weights(at.site, at.tensors.values, at.tensors.extra)
-        layers[at.site.layer] = [function(weights), function(at.tensors)]
+    def weights(t: SiteTensors, first: int) -> SiteTensors:
+        return _Weights(t.site, t.values, t.extra, first)
 
-    (out,) = outputs_observed(model, [batch], see, converted=converted)
-    return out, layers
+    maps: Any = sum(
+        _error_and_norm(function(weights(ours, first)), exact(weights(theirs, first)))
+        for first in range(0, theirs.width, _COLUMNS)
+    )
+    return torch.stack([maps, _error_and_norm(function(ours), exact(theirs))])
 
 
-def _squares(found: Tensor, expected: Tensor) -> Tensor:
-    """Return the squared error and the squared norm of every head, [2, H]."""
+def _error_and_norm(found: Tensor, expected: Tensor) -> Tensor:
+    """Return sums of squares over all but the heads, [2, H]; what is no number in both is equal."""
     found, expected = found.double(), expected.double()
-    return torch.stack([(found - expected).square().sum((0, 2, 3)), expected.square().sum((0, 2, 3))])
+    neither = found.isnan() & expected.isnan()
+    parts = (x.masked_fill(neither, 0.0) for x in (found - expected, expected))
+    return torch.stack([x.square().sum((0, 2, 3)) for x in parts])
 
 
 def _relative(squares: Tensor) -> tuple[float, ...]:
     return tuple((squares[0] / squares[1].clamp(min=1e-300)).sqrt().tolist())
 
 
-def _divergence(found: Any, expected: Any) -> list[Tensor]:
+def _divergence(found: Any, expected: Any) -> Iterator[Tensor]:
     ours, theirs = (getattr(out, "logits", None) for out in (found, expected))
     if ours is None or theirs is None:
-        return []
-    p, q = theirs.double().log_softmax(-1), ours.double().log_softmax(-1)
-    return [(p.exp() * (p - q)).sum(-1).flatten()]
+        return
+    parts = (x.flatten(0, -2).split(_POSITIONS) for x in (theirs, ours))
+    for their, our in zip(*parts, strict=True):
+        p, q = their.double().log_softmax(-1), our.double().log_softmax(-1)
+        yield (p.exp() * (p - q)).sum(-1)

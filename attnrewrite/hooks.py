@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,14 +15,17 @@ from attnrewrite.passes.rewriting import markers
 from attnrewrite.passes.rewriting.enter import enter
 from attnrewrite.variants import VariantConfig
 
+if TYPE_CHECKING:
+    from attnrewrite.distances import Distance
+
 
 @dataclass
 class EnterHook:
     """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
 
     ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
-    and ``details`` what the replacement is. A plain object without handles, so that a converted model can be copied
-    and pickled.
+    and ``details`` what the replacement is; ``distance`` is that of the whole model when it was converted. A plain
+    object without handles, so that a converted model can be copied and pickled.
     """
 
     layer: str
@@ -30,6 +33,7 @@ class EnterHook:
     names: tuple[str, ...]
     originals: dict[str, torch.nn.Module] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    distance: Distance | None = None
 
     def __post_init__(self) -> None:
         settings = self.config.to_dict()

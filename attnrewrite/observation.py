@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -21,8 +21,16 @@ from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.verification import evaluating
 
+
+class Call(NamedTuple):
+    """Positional and keyword inputs of one call of a model."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
 Batch = torch.Tensor | Sequence[Any] | Mapping[str, Any]
-"""One call of a model: its only input, its positional inputs, or its keyword inputs."""
+"""One call of a model: its only input, its positional inputs, its keyword inputs, or a ``Call`` with both."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,11 +81,13 @@ def outputs_observed(
         yield result
 
 
-def call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call(batch: Batch) -> Call:
     """Return positional and keyword arguments of one call."""
+    if isinstance(batch, Call):
+        return batch
     if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return ((batch,) if isinstance(batch, torch.Tensor) else tuple(batch)), {}
+        return Call((), dict(batch))
+    return Call((batch,) if isinstance(batch, torch.Tensor) else tuple(batch), {})
 
 
 @dataclass(eq=False)

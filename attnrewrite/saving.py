@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,14 +59,7 @@ def save_pretrained(model: torch.nn.Module, path: str | Path, *, overwrite: bool
     return Path(path)
 
 
-def save_conversion(
-    model: torch.nn.Module,
-    source: Path,
-    out: Path,
-    *,
-    overwrite: bool = False,
-    report: Mapping[str, Any] | None = None,
-) -> Path:
+def save_conversion(model: torch.nn.Module, source: Path, out: Path, *, overwrite: bool = False) -> Path:
     """Save the conversion of ``model`` beside a copy of the base files in the folder (or file) ``source``.
 
     Where the conversion replaced modules, safetensors files are written anew with what is left; a GGUF file is copied
@@ -84,7 +78,7 @@ def save_conversion(
         for file in files:
             if file.is_file() and file.name not in left_out:
                 shutil.copy2(file, folder / file.name)
-        _write(model, conversion, folder, report)
+        _write(model, conversion, folder)
     return Path(out)
 
 
@@ -207,9 +201,7 @@ def _write_base(model: torch.nn.Module, folder: Path) -> None:
         save(folder, state_dict={key: value for key, value in model.state_dict().items() if key not in added})
 
 
-def _write(
-    model: torch.nn.Module, conversion: Conversion, folder: Path, report: Mapping[str, Any] | None = None
-) -> None:
+def _write(model: torch.nn.Module, conversion: Conversion, folder: Path) -> None:
     state = dict(new_state(model))
     sites = []
     for layer, config in conversion.sites.items():
@@ -227,9 +219,11 @@ def _write(
         "sites": sites,
     }
     (folder / CONFIG).write_text(json.dumps(data, indent=2) + "\n")
-    summary = {"sites": [s["layer"] for s in sites], "fit_errors": fit_errors(model)}
-    (folder / REPORT).write_text(json.dumps(report or summary, indent=2) + "\n")
+    distance = asdict(conversion.distance) if conversion.distance is not None else None
+    report = {"sites": [s["layer"] for s in sites], "fit_errors": fit_errors(model), "distance": distance}
+    (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
     save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors keeps it from all but the owner
     if not (folder / CARD).exists():
         (folder / CARD).write_text(_card(model, conversion))
 

@@ -246,7 +246,7 @@ _ALL = [
         "AR305",
         "model is already converted",
         "The model carries a conversion. Converting twice would stack two variants on the same layers.",
-        "call attnrewrite.restore(model) first",
+        "call attnrewrite.restore(model) first, or convert the original model",
     ),
     Diagnostic(
         "AR306",
@@ -273,7 +273,8 @@ _ALL = [
         "AR309",
         "converted layer has no attention in this graph",
         "The layer's marker was captured, but no attention of that layer was recognised in the same graph; a graph "
-        "break may lie between them.",
+        "break may lie between them. Inside DistributedDataParallel torch cuts the graph of a model at the edges of "
+        "its buckets of gradients, and such an edge may lie there, too.",
         "run with TORCH_LOGS=graph_breaks to see where the graph breaks",
     ),
     Diagnostic(
@@ -312,7 +313,8 @@ _ALL = [
         "converted layer is not calibrated",
         "The variant's state is made from what the layer sees, and nothing was shown to it. Running on would compute "
         "something arbitrary.",
-        "call attnrewrite.calibrate(model, batches), or train: the first batch in train mode sets the state",
+        "call attnrewrite.calibrate(model, batches), or run `attnrewrite calibrate MODEL OUT`; or train: the first "
+        "batch in train mode sets the state",
     ),
     Diagnostic(
         "AR316",

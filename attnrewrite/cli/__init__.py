@@ -23,6 +23,7 @@ VERBS = {
     "variants": "List the attention variants, or show one with its fields.",
     "explain": "Find the attention in MODEL and say what can be rewritten.",
     "convert": "Put a variant into MODEL and write it to OUT.",
+    "calibrate": "Set what a conversion of MODEL learns from real inputs, and write it to OUT.",
     "distill": "Train what a conversion added to MODEL, and write it to OUT.",
     "export": "Write MODEL with its attention rewritten, for other compilers.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     output = Output(format=format_in(words), verbose="-v" in words or "--verbose" in words)
     try:
-        code = cli.main(words, prog_name="attnrewrite", standalone_mode=False, obj=output)
+        with output.plain_warnings():
+            code = cli.main(words, prog_name="attnrewrite", standalone_mode=False, obj=output)
     except click.ClickException as error:
         return _usage(output, error)
     except (click.Abort, KeyboardInterrupt):

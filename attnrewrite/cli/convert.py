@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from attnrewrite.cli.output import Output
-from attnrewrite.cli.verb import Verb, model_argument, seq_len_option
+from attnrewrite.cli.verb import Verb, check_out, model_argument, out_argument, overwrite_option, seq_len_option
 from attnrewrite.kernels.diagnostics import error
 
 if TYPE_CHECKING:
+    from attnrewrite.distances import Distance
     from attnrewrite.loading import LoadedModel
     from attnrewrite.variants import VariantConfig
 
@@ -30,7 +32,7 @@ _EXAMPLES = (
 
 @click.command(cls=Verb, examples=_EXAMPLES)
 @model_argument
-@click.argument("out", type=click.Path(path_type=Path))
+@out_argument
 @click.option("--variant", help="The variant; see `attnrewrite variants`.")
 @click.option(
     "--config",
@@ -42,7 +44,7 @@ _EXAMPLES = (
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Leave these layers as they are.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare outputs before and after.")
 @click.option("--dry-run", is_flag=True, help="Say what would be done; write nothing.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@overwrite_option
 @seq_len_option(32, "Tokens of the example sequence.")
 @click.pass_obj
 def command(
@@ -66,9 +68,8 @@ def command(
     from attnrewrite.conversion import conversion_of, convert, fit_errors, new_parameters
     from attnrewrite.loading import LoadOptions, load_model
 
-    output.untouched = f"{out} was not written"
-    if out.exists() and not (overwrite or dry_run):
-        raise error("AR601", f"{out} exists")
+    if not dry_run:
+        check_out(output, out, overwrite)
     plan = _plan(variant, config, settings)
     with output.step(f"loading {model}"):
         loaded = load_model(model, LoadOptions(seq_len=seq_len))
@@ -84,22 +85,24 @@ def command(
             verify=verify,
         )
     conversion = conversion_of(loaded.model)
-    sites = conversion.sites if conversion is not None else {}
+    assert conversion is not None  # convert raises where nothing was done
     added = sum(parameter.numel() for _, parameter in new_parameters(loaded.model))
     data = {
         "model": loaded.name,
         "out": str(out),
-        "sites": {layer: site.to_dict() for layer, site in sites.items()},
+        "sites": {layer: config.to_dict() for layer, config in conversion.sites.items()},
         "new_parameters": added,
         "removed_parameters": before + added - sum(parameter.numel() for parameter in loaded.model.parameters()),
         "fit_errors": fit_errors(loaded.model),
+        "distance": None if conversion.distance is None else asdict(conversion.distance),
+        "needs_calibration": any(config.learns_from_inputs for config in conversion.sites.values()),
         "verified": verify,
         "dry_run": dry_run,
     }
     if not dry_run:
         _save(loaded, out, overwrite)
     data["files"] = [] if dry_run else sorted(entry.name for entry in out.iterdir())
-    output.result(data, lambda: _view(data))
+    output.result(data, lambda: _view(data, conversion.distance))
 
 
 def _plan(
@@ -151,29 +154,42 @@ def _save(loaded: LoadedModel, out: Path, overwrite: bool) -> None:
             save_conversion(loaded.model, Path(folder), out, overwrite=overwrite)
 
 
-def _view(data: dict[str, Any]) -> RenderableType:
+def _view(data: dict[str, Any], distance: Distance | None) -> RenderableType:
     from attnrewrite.render.rows import fold_paths
 
     by_config: dict[str, list[str]] = {}
     for layer, config in data["sites"].items():
-        shown = ", ".join(f"{key}={value}" for key, value in config.items() if key != "variant")
-        by_config.setdefault(f"{config['variant']}  {shown}", []).append(layer)
+        by_config.setdefault(_changed(config), []).append(layer)
     total = len(data["sites"])
     verb = "would be converted" if data["dry_run"] else "converted"
-    verified = ", outputs compared" if data["verified"] else ", outputs not compared"
+    same = data["verified"] and not data["needs_calibration"]
+    verified = ", outputs not compared" if not same else ", outputs compared" if distance is None else ", measured"
     lines = [Text(f"{data['model']} · {total} site{'' if total == 1 else 's'} {verb}{verified}", style="bold")]
     for config, layers in by_config.items():
         lines += [Text(f"  {path} → {config}") for path, _ in fold_paths(layers)]
     removed = f", {data['removed_parameters']:,} removed" if data["removed_parameters"] else ""
     lines.append(Text(f"  {data['new_parameters']:,} new parameters{removed}"))
-    lines += [Text(f"  {_fit(data['fit_errors'])}")] if data["fit_errors"] else []
+    lines += [Text(f"  {line}") for line in _measured(data["fit_errors"], distance)]
     lines.append(Text("nothing was written" if data["dry_run"] else f"wrote {data['out']}", style="dim"))
+    if data["needs_calibration"] and not data["dry_run"]:
+        lines.append(Text(f"next: attnrewrite calibrate {data['out']} CALIBRATED", style="bold"))
     return Group(*lines)
 
 
-def _fit(errors: dict[str, dict[str, list[float] | None]]) -> str:
-    """Say between which bounds the layers' errors lie: root mean square over heads."""
-    heads = {layer: found["weighted"] or found["frobenius"] or [0.0] for layer, found in errors.items()}
-    mean = {layer: math.sqrt(sum(x * x for x in found) / len(found)) for layer, found in heads.items()}
-    best, worst = min(mean, key=mean.__getitem__), max(mean, key=mean.__getitem__)
-    return f"relative error of the scores: {mean[best]:.2f} ({best}) to {mean[worst]:.2f} ({worst})"
+def _changed(config: dict[str, Any]) -> str:
+    """Name the variant, and the fields that differ from their defaults."""
+    from attnrewrite.variants import variant_info
+
+    defaults = {field.name: field.default for field in fields(variant_info(config["variant"]).config)}
+    changed = [f"{key}={config[key]}" for key in defaults if config[key] != defaults[key]]
+    return "  ".join([config["variant"], *([", ".join(changed)] if changed else [])])
+
+
+def _measured(errors: dict[str, dict[str, list[float] | None]], distance: Distance | None) -> Iterator[str]:
+    from attnrewrite.render.distances import distance_lines, spread
+
+    if errors:
+        heads = {layer: found["weighted"] or found["frobenius"] or [0.0] for layer, found in errors.items()}
+        yield spread("relative error of the scores", heads)
+    if distance is not None:
+        yield from distance_lines(distance)

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from attnrewrite.cli.output import Output
+from attnrewrite.cli.texts import load_with_tokenizer, text_option
 from attnrewrite.cli.verb import Verb, model_argument, seq_len_option
-from attnrewrite.kernels.diagnostics import error
 
 if TYPE_CHECKING:
     from attnrewrite.evaluation import Evaluation
@@ -27,7 +27,7 @@ _EXAMPLES = (
 
 @click.command(cls=Verb, examples=_EXAMPLES)
 @model_argument
-@click.option("--text", type=click.Path(path_type=Path), help="A UTF-8 text. [default: the text that ships]")
+@text_option
 @seq_len_option(256, "Tokens per strip; strips do not overlap.")
 @click.option("--max-tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Read this many.")
 @click.option("--baseline", metavar="MODEL", help="Measure this model on the same text, too.")
@@ -51,13 +51,8 @@ def command(output: Output, model: str, text: Path | None, seq_len: int, max_tok
 
 def _measure(output: Output, reference: str, content: str, seq_len: int, max_tokens: int) -> Evaluation:
     from attnrewrite.evaluation import encode, perplexity
-    from attnrewrite.loading import LoadOptions, load_model
 
-    with output.step(f"loading {reference}"):
-        loaded = load_model(reference, LoadOptions(seq_len=seq_len, with_tokenizer=True))
-    if loaded.tokenizer is None:
-        detail = f"{reference} brings no tokenizer, so that no text can be turned into its tokens"
-        raise error("AR103", detail, hint="put the tokenizer's files into the model's folder")
+    loaded = load_with_tokenizer(output, reference, seq_len)
     ids = encode(loaded.tokenizer, content)[:, :max_tokens]
     with output.progress() as progress:
         task = progress.add_task(loaded.name, total=ids.shape[1])

@@ -10,8 +10,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from attnrewrite.cli.output import Output
-from attnrewrite.cli.verb import Verb, model_argument, seq_len_option
-from attnrewrite.kernels.diagnostics import error
+from attnrewrite.cli.verb import Verb, check_out, model_argument, out_argument, overwrite_option, seq_len_option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,11 +28,11 @@ _EXAMPLES = (
 
 @click.command(cls=Verb, examples=_EXAMPLES)
 @model_argument
-@click.argument("out", type=click.Path(path_type=Path))
+@out_argument
 @click.option("--to", "kind", type=click.Choice(_FORMATS), default="pt2", show_default=True, help="The file's format.")
 @click.option("--dynamic", is_flag=True, help="Leave the batch size and the length open, where the model allows.")
 @click.option("--keep-operators", is_flag=True, help="pt2 only: keep the operators of attnrewrite; saves memory.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@overwrite_option
 @seq_len_option(32, "Tokens per example sequence.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Example sequences.")
 @click.pass_obj
@@ -56,9 +55,7 @@ def command(
     from attnrewrite.exporting import export
     from attnrewrite.loading import LoadOptions, is_program, load_model, load_program
 
-    output.untouched = f"{out} was not written"
-    if out.exists() and not overwrite:
-        raise error("AR601", f"{out} exists")
+    check_out(output, out, overwrite)
     with output.step(f"loading {model}"):
         source: nn.Module | ExportedProgram
         args: tuple[Any, ...]

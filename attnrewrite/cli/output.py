@@ -6,13 +6,14 @@ import json
 import math
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError
+from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, AttnRewriteWarning
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -69,6 +70,20 @@ class Output:
         """Tell a person something that is no result."""
         if self.format == "human":
             self.err.print(text, style="dim", markup=False)
+
+    @contextmanager
+    def plain_warnings(self) -> Iterator[None]:
+        """Print this library's warnings for people, without the line of code that gave them; others as they are."""
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, AttnRewriteWarning) and self.format == "human":
+                self.err.print(f"warning: {message}", style="yellow", markup=False)
+            else:
+                as_before(message, category, *place, **more)
+
+        with warnings.catch_warnings():
+            as_before, warnings.showwarning = warnings.showwarning, show
+            yield
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:

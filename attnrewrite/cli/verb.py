@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from attnrewrite.cli.output import FORMATS, Output
+from attnrewrite.kernels.diagnostics import error
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,6 +57,28 @@ def _set_verbose(ctx: click.Context, parameter: click.Parameter, value: bool) ->
 def model_argument(function: Function) -> Function:
     """Take MODEL as an argument."""
     return click.argument("model")(function)
+
+
+def out_argument(function: Function) -> Function:
+    """Take OUT as an argument."""
+    return click.argument("out", type=click.Path(path_type=Path))(function)
+
+
+def overwrite_option(function: Function) -> Function:
+    """Take ``--overwrite``."""
+    return click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")(function)
+
+
+def check_out(output: Output, out: Path, overwrite: bool) -> None:
+    """Find out before the work begins that OUT cannot be written: SaveError AR601 where it exists, or OSError."""
+    output.untouched = f"{out} was not written"
+    if out.exists() and not overwrite:
+        raise error("AR601", f"{out} exists")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def seq_len_option(default: int, what: str) -> Callable[[Function], Function]:

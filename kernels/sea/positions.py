@@ -18,7 +18,7 @@ def learned_code(table: Tensor, rank: Tensor, length: int) -> Tensor:
         raise error(
             "AR402",
             f"{length} positions, and a table of {table.shape[0]}",
-            hint="a table cannot be extended; the Fourier code (positions=None) has no limit",
+            hint="a table cannot be extended: convert with a larger max_length, or with positions='fourier'",
         )
     return table[rank]
 

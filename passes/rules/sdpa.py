@@ -38,11 +38,12 @@ class SdpaRule:
 
 
 def exact(t: SiteTensors) -> torch.Tensor:
-    """Compute the site's own attention, [B, H, L, Dv]."""
+    """Compute the site's own attention, [B, H, L, Dv]; a soft cap is never in a rewrite, but in what is observed."""
     q, k, v = common_dtype(t.query(), t.key(), t.attended())
     mask, is_causal = mask_arguments(t, q.dtype)
-    out = attention(q, k, v, mask, is_causal=is_causal, scale=t.site.scores.alpha, enable_gqa=t.grouped)
-    return empty_rows(t, out, q, k, v)
+    scale, softcap = t.site.scores.alpha, t.site.scores.softcap
+    out = attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=t.grouped, softcap=softcap)
+    return empty_rows(t, out, q, k, v, forward=softcap is not None)
 
 
 def check_terms(site: Attention) -> None:
