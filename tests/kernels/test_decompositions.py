@@ -22,8 +22,8 @@ TABLE = decompositions()
 READY = "attnrewrite.routing_ready.default"
 NAMES = sorted({str(operator) for operator in TABLE} - {READY})
 """The attentions; beside them there is one operator that only checks."""
-NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward", "routing_learn", "selective_decode")
-"""Markers, gradients, centroids that follow the data, and decoding with a cache, which a program does not hold."""
+NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward", "routing_learn", "selective_decode", "selective_memory")
+"""Markers, gradients, centroids that follow the data, a loss, and decoding with a cache, which no program holds."""
 VISIBLE = [(True, None), (True, 3), (False, None)]
 
 
