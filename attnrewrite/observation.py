@@ -55,12 +55,26 @@ def outputs_observed(
     converted: bool = False,
 ) -> Iterator[Any]:
     """Do what ``observe`` does, and yield what the model gives for each batch; ``converted`` runs it as what it is."""
-    run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
+    run = observed(model, see, converted=converted)
     for batch in batches:
         args, kwargs = call(batch)
-        with uncompiled(model), evaluating(model), without_cache(model, kwargs) as inputs:
-            result = run(*args, **inputs)
+        with evaluating(model):
+            result = run(*args, **kwargs)
         yield result
+
+
+def observed(model: torch.nn.Module, see: Callable[[Observed], None], *, converted: bool) -> Callable[..., Any]:
+    """Return ``model`` as a function that calls ``see`` at each attention, in the mode that the model is in.
+
+    ``converted`` runs a converted model as what it is, and not as it was before. No key-value cache is made.
+    """
+    run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with uncompiled(model), without_cache(model, kwargs) as inputs:
+            return run(*args, **inputs)
+
+    return called
 
 
 def call(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
