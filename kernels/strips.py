@@ -224,7 +224,9 @@ def one_head(attn_mask: Tensor, head: int) -> Tensor:
 
 def seen_by_head(attn_mask: Tensor | None, head: int) -> Tensor | None:
     """Return the keys that a mask lets one head see, ``[B or 1, 1, L or 1, S or 1]``; biases are no part of it."""
-    mask = None if attn_mask is None else one_head(attn_mask, head)
+    if attn_mask is None:
+        return None
+    mask = one_head(attn_mask, head)
     return mask if additive(mask) is None else mask != float("-inf")
 
 

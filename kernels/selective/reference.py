@@ -140,7 +140,8 @@ def selective_memory(
 def selector_logits(vote_query: Tensor, vote_key: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the logits ``[B, L, S]`` of a selector's queries ``[B, L, Ds]`` and keys ``[B, S, Ds]``."""
     assert vote_key is not None
-    return vote_query.to(dtype) @ vote_key.to(dtype).mT * vote_query.shape[-1] ** -0.5
+    found: Tensor = vote_query.to(dtype) @ vote_key.to(dtype).mT * vote_query.shape[-1] ** -0.5
+    return found
 
 
 def selection_penalty(logits: Tensor, seen: Tensor | None, *, protect_first: bool = True) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,8 @@ from attnrewrite import AttnRewriteError, SelectiveConfig, SelectiveSSAConfig
 from attnrewrite.conversion import compile_in_place, new_parameters
 from attnrewrite.inference import SelectiveCache
 from attnrewrite.kernels.selective import reference
+from attnrewrite.observation import Observed, outputs_observed
+from attnrewrite.passes.rules import RULES
 
 BY_NAME = {family.name: family for family in FAMILIES}
 LENGTH = 14
@@ -141,6 +143,19 @@ def test_training_with_and_without_the_cache_that_models_make(mode: Any, inner: 
     for a, b in zip(*gradients, strict=True):
         assert a is not None and a.any()
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_observed_model_is_what_it_was_before() -> None:
+    """Also where the observer runs what the layer was converted to, as distillation does."""
+    model = converted(llama(num_hidden_layers=1), SelectiveConfig("new-head"))
+
+    def see(at: Observed) -> None:
+        RULES[at.request.variant].function(at.request)(at.tensors)
+
+    (out,) = outputs_observed(model, [INPUTS], see)
+    assert torch.allclose(out.logits, logits(llama(num_hidden_layers=1)), atol=1e-5)
+    (out,) = outputs_observed(model, [INPUTS], see, converted=True)
+    assert torch.allclose(out.logits, logits(model), atol=1e-5)
 
 
 # --- with a cache --------------------------------------------------------------------------------------
