@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from attnrewrite.errors import AttnRewriteWarning as AttnRewriteWarning
     from attnrewrite.explanation import explain as explain
     from attnrewrite.exporting import export as export
+    from attnrewrite.memory import MemoryLoss as MemoryLoss
     from attnrewrite.passes.report import Report as Report
     from attnrewrite.patterns import list_patterns as list_patterns
     from attnrewrite.patterns import register_pattern as register_pattern
@@ -60,6 +61,7 @@ _PUBLIC = {
     "AttnRewriteError": "errors",
     "AttnRewriteWarning": "errors",
     "Backend": "backend",
+    "MemoryLoss": "memory",
     "Report": "passes.report",
     "RoutingConfig": "variants",
     "SEAConfig": "variants",

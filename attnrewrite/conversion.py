@@ -224,8 +224,8 @@ def install(
         model.forward = MarkedForward(hook, model, model.forward)
     else:
         owner.register_forward_pre_hook(hook, with_kwargs=True)
-        if config.state_names:
-            owner.register_forward_hook(LeaveHook(layer), with_kwargs=True)
+        if config.state_names or config.adds_to_output:
+            owner.register_forward_hook(LeaveHook(hook), with_kwargs=True)
     for path, module in swap.modules.items():
         model.set_submodule(path, module)
 

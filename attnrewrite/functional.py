@@ -4,6 +4,7 @@ from attnrewrite.kernels.routing.op import routing_attention
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.sea.op import sea_attention
 from attnrewrite.kernels.selective.decode import SelectionState, selective_decode
+from attnrewrite.kernels.selective.memory import selective_memory
 from attnrewrite.kernels.selective.op import selective_attention
 from attnrewrite.kernels.ssa.op import ssa_attention
 from attnrewrite.kernels.symmetric.op import symmetric_attention
@@ -17,6 +18,7 @@ __all__ = [
     "sea_attention",
     "selective_attention",
     "selective_decode",
+    "selective_memory",
     "ssa_attention",
     "symmetric_attention",
 ]

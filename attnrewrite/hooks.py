@@ -24,8 +24,9 @@ class EnterHook:
     """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
 
     ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
-    and ``details`` what the replacement is; ``distance`` is that of the whole model when it was converted. A plain
-    object without handles, so that a converted model can be copied and pickled.
+    and ``details`` what the replacement is; ``distance`` is that of the whole model when it was converted. ``added`` is,
+    while the layer runs, what its output gets added. A plain object without handles, so that a converted model can be
+    copied and pickled.
     """
 
     layer: str
@@ -34,20 +35,24 @@ class EnterHook:
     originals: dict[str, torch.nn.Module] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
     distance: Distance | None = None
+    added: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         settings = self.config.to_dict()
         self.variant = settings.pop("variant")
         # Written once and not at each call, because Dynamo would have to trace the writing.
         self.paths = [name.split(".") for name in self.names]
+        names = (*self.names, "added") if self.config.adds_to_output else self.names
         held, summary = self.config.state_names, self.config.summary_names
-        states = [(), *((*held, *more, *summary) for more in ((), ("position",), ("budget",)) if held)]
+        after = tuple(f"{name}_after" for name in self.config.summed_state)
+        more = dict.fromkeys(((), ("position",), ("budget",), after))
+        states = [(), *((*held, *x, *summary) for x in more if held)]
         self.sites = {
             (state, learning): markers.encode(
                 self.layer,
                 self.variant,
                 settings,
-                self.names,
+                names,
                 state,
                 learning=learning and self.config.learns_from_inputs,
             )
@@ -73,27 +78,47 @@ class EnterHook:
     ) -> torch.Tensor:
         holder = getattr(module, self.variant, None)
         parameters = [functools.reduce(getattr, path, holder) for path in self.paths]
+        if self.config.adds_to_output:
+            self.added = torch.zeros_like(x)
+            parameters.append(self.added)
         state: dict[str, torch.Tensor] = {}
         if self.config.state_names:
             held = state_layer(module, args, kwargs, self.layer)
             fresh = {} if held is None else self.config.new_state(holder, x)
             if fresh:
-                state = held.extend(fresh) | held.summarize(self.config.new_summary(holder, x))
+                state = held.extend(fresh, self.config.summed_state)
+                state |= held.summarize(self.config.new_summary(holder, x))
         marked: torch.Tensor = enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
         return marked
 
 
 @dataclass
 class LeaveHook:
-    """Forward hook of a converted layer that keeps state in a cache: what the cache need not hold any more goes."""
+    """Forward hook of a converted layer: what a cache need not hold any more goes, what the output gets is added."""
 
-    layer: str
+    enter: EnterHook
 
-    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Let the cache's layer settle."""
-        held = state_layer(module, args, kwargs, self.layer)
-        if held is not None:
-            held.settle()
+    def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Let the cache's layer settle; return the output."""
+        if self.enter.config.state_names:
+            held = state_layer(module, args, kwargs, self.enter.layer)
+            if held is not None:
+                held.settle()
+        return self.leave(output)
+
+    def leave(self, output: Any) -> Any:
+        """Add to the output's first tensor what is to be added. Raises VariantError AR307 where it does not fit."""
+        added, self.enter.added = self.enter.added, None
+        if added is None:
+            return output
+        several = isinstance(output, tuple)
+        first = output[0] if several else output
+        if not isinstance(first, torch.Tensor) or first.shape != added.shape:
+            found = list(first.shape) if isinstance(first, torch.Tensor) else type(first).__name__
+            detail = f"the layer returns {found}; needed is a tensor of the shape of its input, {list(added.shape)}"
+            raise error("AR307", detail, layer=self.enter.layer)
+        total = first + added.to(first.dtype)
+        return (total, *output[1:]) if several else total
 
 
 @dataclass
@@ -114,9 +139,9 @@ class MarkedForward:
         return self.forward.__code__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Mark the input, then run the model's own forward."""
+        """Mark the input, run the model's own forward, and add what is to be added."""
         args, kwargs = self.hook(self.module, args, kwargs)
-        return self.forward(*args, **kwargs)
+        return LeaveHook(self.hook).leave(self.forward(*args, **kwargs))
 
 
 def _is_layer_input(value: Any) -> bool:

@@ -69,16 +69,26 @@ def outputs_observed(
 
     ``converted`` runs it as what it is, ``learning`` with gradients and in the mode that it is in.
     """
-    run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
+    run = observed(model, see, converted=converted)
     for batch in batches:
         args, kwargs = call(batch)
-        with (
-            uncompiled(model),
-            torch.enable_grad() if learning else evaluating(model),
-            without_cache(model, kwargs) as inputs,
-        ):
-            result = run(*args, **inputs)
+        with torch.enable_grad() if learning else evaluating(model):
+            result = run(*args, **kwargs)
         yield result
+
+
+def observed(model: torch.nn.Module, see: Callable[[Observed], None], *, converted: bool) -> Callable[..., Any]:
+    """Return ``model`` as a function that calls ``see`` at each attention, in the mode that the model is in.
+
+    ``converted`` runs a converted model as what it is, and not as it was before. No key-value cache is made.
+    """
+    run = torch.compile(model, backend=_Backend(see, converted), **many_recompilations())
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with uncompiled(model), without_cache(model, kwargs) as inputs:
+            return run(*args, **inputs)
+
+    return called
 
 
 def call(batch: Batch) -> Call:
@@ -118,6 +128,8 @@ class _Backend:
         def tap(found: torch.Tensor, *values: Any) -> torch.Tensor:
             by_node = dict(zip(nodes, values, strict=True))
             tensors = SiteTensors(site, by_node, {name: by_node[node] for name, node in extra.items()})
+            if not replaced and "added" in tensors.extra:  # whoever runs the rewrite here must not change the model
+                tensors.extra["added"] = torch.zeros_like(tensors.extra["added"])
             output = rule.function(request)(tensors) if replaced else None
             self.see(Observed(site, request, tensors, output))
             return found if output is None else tensors.result(output)

@@ -38,6 +38,8 @@ BEGIN, END = "<!-- Made by `make docs`: begin -->", "<!-- Made by `make docs`: e
 MODES: dict[str, VariantConfig] = {
     "sdpa": SdpaConfig(),
     "selective": SelectiveConfig(),
+    "selective, new-head": SelectiveConfig(mode="new-head"),
+    "selective, selector": SelectiveConfig(mode="selector"),
     "selective, raw": SelectiveConfig(mode="raw"),
     "ssa": SSAConfig(),
     "symmetric": SymmetricConfig(form="symmetric", max_error=1.0),

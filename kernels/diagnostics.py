@@ -352,6 +352,13 @@ _ALL = [
         "received. This cache has not kept it, or cannot.",
         "start from an empty DynamicCache or StaticCache, such as generate makes by itself, or pass use_cache=False",
     ),
+    Diagnostic(
+        "AR324",
+        "no layer with selective attention",
+        "The memory loss counts the tokens that the layers of a model still need, which only the votes of selective "
+        "attention tell.",
+        "convert layers with SelectiveConfig or SelectiveSSAConfig, and call the model with inputs that run them",
+    ),
     # AR4xx: lowering
     Diagnostic(
         "AR401",

@@ -222,6 +222,14 @@ def one_head(attn_mask: Tensor, head: int) -> Tensor:
     return mask if mask.shape[1] == 1 else mask[:, head : head + 1]
 
 
+def seen_by_head(attn_mask: Tensor | None, head: int) -> Tensor | None:
+    """Return the keys that a mask lets one head see, ``[B or 1, 1, L or 1, S or 1]``; biases are no part of it."""
+    if attn_mask is None:
+        return None
+    mask = one_head(attn_mask, head)
+    return mask if additive(mask) is None else mask != float("-inf")
+
+
 def _part(mask: Tensor, rows: slice, cols: slice) -> Tensor:
     mask = four_dimensional(mask)
     mask = mask if mask.shape[2] == 1 else mask[:, :, rows]

@@ -55,6 +55,8 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
     not hold is there as evicted.
     """
 
+    is_croppable = False
+
     def __init__(self, budget: int, widest: int) -> None:
         super().__init__()
         self.budget, self.widest = budget, widest
@@ -70,8 +72,8 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
         width = _at_most(self.widest, self.cumulative_length)
         return width + query_length, self.cumulative_length - width
 
-    def extend(self, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Grow by what is evicted and by L keys; ``budget`` says how many may live."""
+    def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Grow by what is evicted and by L keys; ``budget`` says how many may live. What is evicted is not got back."""
         for name, held in self.state.items():
             gone = held.new_full((held.shape[0], self._missing(), *held.shape[2:]), torch.inf if name == "votes" else 0)
             self.state[name] = torch.cat((gone, held), 1)
@@ -96,8 +98,9 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
             return
         live = ~self.state["votes"].isinf()
         order = live.to(torch.uint8).argsort(dim=1, stable=True)[:, -size:]  # [B, K], the living behind, as they were
-        for name in self.state:
-            self.state[name] = self.state[name].gather(1, order)
+        for name, held in self.state.items():
+            index = order.view(*order.shape, *(1 for _ in held.shape[2:])).expand(-1, -1, *held.shape[2:])
+            self.state[name] = held.gather(1, index)
         index = order[:, None, :, None]
         self.keys, self.values = (
             held.gather(2, index.expand(-1, held.shape[1], -1, held.shape[3])) for held in (self.keys, self.values)

@@ -4,11 +4,14 @@ That is a tensor ``[B, S, ...]`` by name in ``state``, for the S keys that the l
 fixed size ``[B, ...]`` in ``summary``, of all tokens so far. A converted layer puts one of these in the place of an
 ordinary one when it first meets an empty cache, so that any cache of these kinds of layers serves, also the one that
 ``generate`` makes.
+
+State that later tokens change cannot be cut as keys are when a cache is to take tokens back, as assisted generation
+asks for. A layer that grows therefore also holds it as it was after each of the last tokens of the last call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from attnrewrite.kernels.diagnostics import error
 
+LONGEST_DRAFT = 64
+"""Tokens of one call, at most, after each of which state is held."""
+
 
 class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers has no types here
     """What the kinds below share: the state of sequences goes where their keys go."""
@@ -24,8 +30,11 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transform
     state: dict[str, Tensor]
     summary: dict[str, Tensor]
 
-    def extend(self, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Append ``[B, L, ...]`` for the next L keys; return the state of all keys, for the call to write into."""
+    def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Append ``[B, L, ...]`` for the next L keys; return the state of all keys, for the call to write into.
+
+        ``summed`` are the names of the state that later tokens change.
+        """
         raise NotImplementedError
 
     def summarize(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,25 +68,55 @@ class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-ca
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # transformers has no types here
         self.state, self.summary = {}, {}
+        self.summed: tuple[str, ...] = ()
+        self.after: dict[str, Tensor] = {}
 
     @classmethod
     def like(cls, layer: Any) -> DynamicStateLayer:
         """Return an empty layer in the place of an ordinary one."""
         return cls()
 
-    def extend(self, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Grow by L keys."""
+    def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Grow by L keys; ``NAME_after`` ``[B, K, S]`` takes what is summed, as it is after each of the last K tokens.
+
+        One token alone cannot be a draft, nor can what is trained on.
+        """
         for name, new in fresh.items():
             self.state[name] = torch.cat((self.state[name], new), 1) if name in self.state else new
-        return dict(self.state)
+        self.summed, self.after = tuple(summed), {}
+        for name in summed:
+            held, L = self.state[name], fresh[name].shape[1]
+            if L > 1 and not torch.is_grad_enabled():
+                room = LONGEST_DRAFT if L > LONGEST_DRAFT else L
+                self.after[name] = held.new_zeros(held.shape[0], room, held.shape[1])
+        return {**self.state, **{f"{name}_after": held for name, held in self.after.items()}}
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove tokens. Raises VariantError AR323 where what they did to other state cannot be undone."""
-        if tokens_to_remove and (self.summary or "votes" in self.state):
-            what = "sums hold them" if self.summary else "their votes are counted"
-            raise error("AR323", f"{abs(tokens_to_remove)} tokens are to be removed, and {what}")
+        """Take back the last ``-tokens_to_remove`` tokens.
+
+        Raises VariantError AR323 where a summary holds them, and for as many as the last call had, or more, where they
+        changed the state of others.
+        """
+        count = abs(tokens_to_remove)
+        if count:
+            self._check_crop(count)
+            self.state = {name: held[:, : held.shape[1] - count] for name, held in self.state.items()}
+            self.after = {name: held[:, : held.shape[1] - count, :-count] for name, held in self.after.items()}
+            self.state |= {name: held[:, -1] for name, held in self.after.items()}
         super().crop(tokens_to_remove)
-        self.state = {name: held[:, : self.get_seq_length()] for name, held in self.state.items()}
+        if self.state:
+            self.settle()
+
+    def _check_crop(self, count: int) -> None:
+        if self.summary:
+            raise error("AR323", f"{count} tokens are to be removed, and sums hold them")
+        room = min((held.shape[1] for held in self.after.values()), default=0)
+        if self.summed and count >= room:
+            raise error(
+                "AR323",
+                f"{count} tokens are to be removed; what they did to others is known of {max(room - 1, 0)}",
+                hint="remove fewer tokens than the last call had, before the next call",
+            )
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
@@ -89,28 +128,36 @@ class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-ca
         super().batch_select_indices(indices)
         self._each(lambda held: held[indices])
 
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.after = {}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        super()._each(change)
+        self.after = {name: change(held) for name, held in self.after.items()}
+
 
 class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
     """A layer that keeps what the next query of a sliding window can see."""
 
     def __init__(self, sliding_window: int) -> None:
         DynamicSlidingWindowLayer.__init__(self, sliding_window)
-        self.state, self.summary = {}, {}
+        self.state, self.summary, self.summed, self.after = {}, {}, (), {}
 
     @classmethod
     def like(cls, layer: Any) -> SlidingStateLayer:
         """Return an empty layer in the place of an ordinary one."""
-        return cls(layer.sliding_window)
+        made = cls(layer.sliding_window)
+        made.record_past = layer.record_past
+        return made
 
     def settle(self) -> None:
-        """Keep the state of the keys that are kept."""
-        self.state = {name: held[:, -self.sliding_window + 1 :] for name, held in self.state.items()}
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to remove tokens (VariantError AR323): the state of keys that come back into the window is gone."""
-        if tokens_to_remove:
-            detail = f"{abs(tokens_to_remove)} tokens are to be removed, and what came before the window is gone"
-            raise error("AR323", detail)
+        """Keep the state of the keys that are kept: those of the window, and drafts until it is known what is right."""
+        assert self.keys is not None
+        kept = self.keys.shape[-2]
+        self.state = {name: held[:, -kept:] for name, held in self.state.items()}
+        self.after = {name: held[:, :, -kept:] for name, held in self.after.items()}
 
 
 class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
@@ -125,7 +172,7 @@ class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call
         """Return an empty layer in the place of an ordinary one."""
         return cls(layer.max_cache_len)
 
-    def extend(self, fresh: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
         """Write behind the keys that are held; ``position`` says where."""
         device = next(iter(fresh.values())).device
         position = self.cumulative_length.to(device, copy=True)  # the layer counts on in place

@@ -137,6 +137,20 @@ class VariantConfig:
         """What a key-value cache holds beside keys and values: the names of ``new_state``."""
         return ()
 
+    @property
+    def summed_state(self) -> tuple[str, ...]:
+        """Names of the state ``[B, S]`` of a key that later tokens change.
+
+        Under ``NAME_after`` the rewrite finds room ``[B, K, S]`` for it as it is after each of the last K tokens of a
+        call, so that a cache can take tokens back.
+        """
+        return ()
+
+    @property
+    def adds_to_output(self) -> bool:
+        """Whether the rewrite also writes into ``added`` what the output gets added, of the shape of the input."""
+        return False
+
     def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return what the cache holds for new tokens, ``[B, L, ...]`` by name; the rewrite writes into it.
 

@@ -36,7 +36,7 @@ class SelectiveSSAConfig(SelectiveConfig, SSAConfig):
 
     @property
     def adds_parameters(self) -> bool:
-        """SSA's gates and gains in every layer, and gamma in mode ``gate``."""
+        """SSA's gates and gains in every layer, and in all modes but ``raw`` what selective attention adds."""
         return True
 
     @property
@@ -52,8 +52,8 @@ class SelectiveSSAConfig(SelectiveConfig, SSAConfig):
 
     def empty_module(self, shapes: Mapping[str, tuple[int, ...]]) -> torch.nn.Module:
         """Return the same module, to load values into."""
-        votes = {name: shape for name, shape in shapes.items() if name in ("gamma", "steps")}
-        rest = {name: shape for name, shape in shapes.items() if name not in votes}
+        rest = {name: shape for name, shape in shapes.items() if name.endswith(("_gate", "_gain"))}
+        votes = {name: shape for name, shape in shapes.items() if name not in rest}
         return _with_votes(SSAConfig.empty_module(self, rest), SelectiveConfig.empty_module(self, votes))
 
 

@@ -12,7 +12,8 @@ the selection head alone.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, replace
+
 from torch import Tensor
 
 from attnrewrite.kernels import strips
@@ -20,6 +21,29 @@ from attnrewrite.kernels.sdpa.reference import masked_softmax
 from attnrewrite.kernels.selective.ballot import Ballot
 from attnrewrite.kernels.strips import Gradients
 from attnrewrite.kernels.visibility import accumulation_dtype
+
+
+@dataclass
+class Found:
+    """Gradients by what forward was given, in its dtypes; None for what it was not given.
+
+    ``votes`` ``[B, S]`` is the gradient by the votes that forward started from.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gamma: Tensor
+    votes: Tensor
+    bias: Tensor | None = None
+    selector: tuple[Tensor, Tensor] | None = None
+
+    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return those by query, key, value, gamma, bias and both of a selector; an empty one for what is None."""
+        by_bias, by_vote_query, by_vote_key = (
+            self.query.new_empty(0) if x is None else x for x in (self.bias, *(self.selector or (None, None)))
+        )
+        return self.query, self.key, self.value, self.gamma, by_bias, by_vote_query, by_vote_key
 
 
 def gradients(
@@ -35,8 +59,8 @@ def gradients(
     votes: Tensor | None = None,
     *,
     bias_needs_grad: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by query, key, value, gamma, bias and ``votes`` ``[B, S]``; an empty one without a bias.
+) -> Found:
+    """Return the gradients of ``sum(upstream * out)``, with a bias only where ``bias_needs_grad``.
 
     ``by_state`` ``[B, S]`` is the gradient by the votes that forward returned; None if nothing was done with them.
     """
@@ -45,24 +69,37 @@ def gradients(
     q, k, v, g, strength = (x.to(dtype) for x in (query, key, value, upstream, gamma))
     delta = (g * out.to(dtype)).sum(-1, keepdim=True)  # [B, H, L, 1]
     total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None)
+    voter = ballot.voter(q, k, attn_mask)
+    by_voter = Gradients.zeros(voter.query, voter.key, voter.key, None)
     spans = list(strips.spans(B, H, L, S, how))
-    states = list(ballot.states(q, k, attn_mask, spans, votes))
+    states = list(ballot.states(voter, spans, votes))
     later = q.new_zeros(B, S) if by_state is None else by_state.to(dtype, copy=True)
     by_gamma = q.new_zeros(())
     for rows, cols in reversed(spans):
         part = strips.strip(q, k, attn_mask, how, rows, cols)
-        own = part.logits[:, ballot.head]
+        own = ballot.logits(part, voter)
         penalty = ballot.penalty(part, own, states.pop())
         weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), part.seen)
         by_logit = total.through_weights(part, weights, g, v, delta, how)
         summed = by_logit.sum(1)  # [B, rows, cols]
         by_gamma -= (summed * penalty).sum()
-        by_penalty = -strength * summed
-        whole = by_penalty.sum(1)
-        after = later[:, None, cols] + whole.unsqueeze(1) - torch.cumsum(by_penalty, dim=1)
-        later[:, cols] += whole
-        by_logit[:, ballot.head] += torch.where(ballot.may_vote(part) & (own > 0), after, 0.0)
+        by_vote = ballot.by_logits(part, own, -strength * summed, later)
+        if ballot.selector is None:
+            by_logit[:, ballot.head] += by_vote
+        else:
+            by_voter.add_scores(replace(part, slope=None), by_vote.unsqueeze(1), voter.query, voter.key, voter.how)
         total.add_scores(part, by_logit, q, k, how)
-    by_bias = query.new_empty(0) if total.bias is None or attn_mask is None else total.bias.to(attn_mask.dtype)
-    by_query, by_key, by_value = total.query.to(query.dtype), total.key.to(key.dtype), total.value.to(value.dtype)
-    return by_query, by_key, by_value, by_gamma.to(gamma.dtype), by_bias, later
+    found = Found(
+        total.query.to(query.dtype),
+        total.key.to(key.dtype),
+        total.value.to(value.dtype),
+        by_gamma.to(gamma.dtype),
+        later,
+    )
+    if total.bias is not None and attn_mask is not None:
+        found.bias = total.bias.to(attn_mask.dtype)
+    if ballot.selector is not None:
+        both = zip((by_voter.query, by_voter.key), ballot.selector, strict=True)
+        by_vote_query, by_vote_key = (by.squeeze(1).to(given.dtype) for by, given in both)
+        found.selector = by_vote_query, by_vote_key
+    return found

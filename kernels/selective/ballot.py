@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,18 +16,53 @@ from attnrewrite.kernels.strips import Options, Strip
 from attnrewrite.kernels.visibility import accumulation_dtype, four_dimensional
 
 
+@dataclass(frozen=True)
+class Voter:
+    """The one head whose logits are the votes, in the accumulation dtype.
+
+    ``query`` is ``[B, 1, L, Ds]``, ``key`` ``[B, 1, S, Ds]``, ``mask`` ``[B or 1, 1, L or 1, S or 1]`` or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Tensor | None
+    how: Options
+
+    def strip(self, rows: slice, cols: slice) -> Strip:
+        """Compute its strip, ``[B, 1, rows, cols]``."""
+        return strips.strip(self.query, self.key, self.mask, self.how, rows, cols)
+
+
 @dataclass
 class Ballot:
     """Who may vote on whom, and what the votes sum up to.
 
-    ``position`` is where the first query stands among the keys; ``protected`` is ``[B or 1, S]``: keys on which nobody
-    may vote; None if there are none.
+    Head ``head`` votes, or in its place the queries ``[B, L, Ds]`` and keys ``[B, S, Ds]`` of ``selector``; keys that
+    are visible to the head may be voted on. ``position`` is where the first query stands among the keys;
+    ``protected`` is ``[B or 1, S]``: keys on which nobody may vote; None if there are none.
     """
 
     how: Options
     head: int
     position: int | Tensor = 0
+    selector: tuple[Tensor, Tensor] | None = None
     protected: Tensor | None = None
+
+    def voter(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Voter:
+        """Return the head that votes; ``query`` and ``key`` are in the accumulation dtype."""
+        if self.selector is None:
+            mask = None if attn_mask is None else strips.one_head(attn_mask, self.head)
+            group = self.head // (query.shape[1] // key.shape[1])
+            return Voter(query[:, self.head : self.head + 1], key[:, group : group + 1], mask, self.how)
+        own_query, own_key = (x.to(query.dtype).unsqueeze(1) for x in self.selector)
+        how = replace(self.how, scale=own_query.shape[3] ** -0.5, softcap=None)
+        return Voter(own_query, own_key, strips.seen_by_head(attn_mask, self.head), how)
+
+    def logits(self, part: Strip, voter: Voter) -> Tensor:
+        """Return the logits of the votes, ``[B, rows, cols]``; ``part`` is the strip of all heads."""
+        if self.selector is None:
+            return part.logits[:, self.head]
+        return voter.strip(part.rows, part.cols).logits[:, 0]
 
     def protect(self, query: Tensor, key: Tensor, attn_mask: Tensor | None, earlier: Tensor | None = None) -> None:
         """Protect the keys ``earlier`` ``[B, S]``, and those of the queries' own that their query sees first."""
@@ -60,24 +95,34 @@ class Ballot:
         state[:, part.cols] += received[:, -1]
         return penalty
 
-    def states(
-        self,
-        query: Tensor,
-        key: Tensor,
-        attn_mask: Tensor | None,
-        spans: list[tuple[slice, slice]],
-        votes: Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield the state ``[B, S]`` before each strip: ``votes``, and what the selection head adds to them."""
-        group = query.shape[1] // key.shape[1]
-        one, its_key = query[:, self.head : self.head + 1], key[:, self.head // group : self.head // group + 1]
-        mask = None if attn_mask is None else strips.one_head(attn_mask, self.head)
-        state = query.new_zeros(query.shape[0], key.shape[2]) if votes is None else votes.to(query.dtype, copy=True)
-        alone = Ballot(self.how, 0, self.position, self.protected)
+    def states(self, voter: Voter, spans: list[tuple[slice, slice]], votes: Tensor | None = None) -> Iterator[Tensor]:
+        """Yield the state ``[B, S]`` before each strip: ``votes``, and what the voter adds to them."""
+        state = first_state(voter.key, votes)
         for rows, cols in spans:
             yield state.clone()
-            part = strips.strip(one, its_key, mask, self.how, rows, cols)
-            alone.penalty(part, part.logits[:, 0], state)
+            part = voter.strip(rows, cols)
+            self.penalty(part, part.logits[:, 0], state)
+
+    def by_logits(self, part: Strip, logits: Tensor, by_penalty: Tensor, later: Tensor) -> Tensor:
+        """Return the gradient ``[B, rows, cols]`` by the logits of a strip's votes.
+
+        ``by_penalty`` is the gradient by its penalties, ``later`` ``[B, S]`` the sum of it over later queries, to which
+        that of this strip is added.
+        """
+        whole = by_penalty.sum(1)
+        after = later[:, None, part.cols] + whole.unsqueeze(1) - torch.cumsum(by_penalty, dim=1)
+        later[:, part.cols] += whole
+        return torch.where(self.may_vote(part) & (logits > 0), after, 0.0)
+
+
+def selector(vote_query: Tensor | None, vote_key: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return the two of a selector, or None without one."""
+    return None if vote_query is None or vote_key is None else (vote_query, vote_key)
+
+
+def first_state(like: Tensor, votes: Tensor | None) -> Tensor:
+    """Return a copy of the votes ``[B, S]``, or zeros for keys ``[B, h, S, D]`` on which nobody has voted."""
+    return like.new_zeros(like.shape[0], like.shape[2]) if votes is None else votes.to(like.dtype, copy=True)
 
 
 def attend(
@@ -89,20 +134,23 @@ def attend(
     ballot: Ballot,
     votes: Tensor | None = None,
     budget: int | None = None,
+    recent: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, H, L, Dv]``, and the votes ``[B, S]`` that every key has received, old ones included.
+    """Return the output ``[B, H, L, Dv]``, and the votes ``[B, recent, S]`` that every key has received.
 
-    With a ``budget``, a key that is evicted, or that no query sees, has infinite votes from then on.
+    Votes are counted with the old ones, after each of the last ``recent`` queries. With a ``budget`` that is the last
+    one, and a key that is evicted, or that no query sees, has infinite votes from then on.
     """
     (B, H, L, _), S, how = query.shape, key.shape[2], ballot.how
     dtype = accumulation_dtype(query.dtype)
     out = query.new_empty(B, H, L, value.shape[3])
     q, k, v, strength = (x.to(dtype) for x in (query, key, value, gamma))
-    state = q.new_zeros(B, S) if votes is None else votes.to(dtype, copy=True)
+    voter, state = ballot.voter(q, k, attn_mask), first_state(k, votes)
+    received = state.new_zeros(B, recent, S)
     live = ~torch.isinf(state) & (torch.arange(S, device=state.device) < S - L)  # none of the new keys yet
     for rows, cols in strips.spans(B, H, L, S, how):
         part = strips.strip(q, k, attn_mask, how, rows, cols)
-        penalty, seen = ballot.penalty(part, part.logits[:, ballot.head], state), part.seen
+        penalty, seen = ballot.penalty(part, ballot.logits(part, voter), state), part.seen
         if budget is not None:
             own = strips.lag(rows, cols, ballot.position, q.device) == 0
             alive = survivors(penalty, seen_by(seen, ballot.head), own, ballot.protected, live, cols, budget)
@@ -112,4 +160,19 @@ def attend(
         kept = how.kept(weights, rows)
         weights = weights if kept is None else weights * kept
         out[:, :, rows] = strips.per_group(weights, v[:, :, cols]).to(out.dtype)
-    return out, state if budget is None else state.masked_fill(~live, torch.inf)
+        _record(received, L, rows, cols, penalty, state)
+    return out, received if budget is None else received.masked_fill(~live.unsqueeze(1), torch.inf)
+
+
+def _record(received: Tensor, L: int, rows: slice, cols: slice, penalty: Tensor, state: Tensor) -> None:
+    """Write the votes after each query of a strip into the last of ``[B, recent, S]``.
+
+    That is the penalty of the next query; ``state`` is what the strip leaves.
+    """
+    first = L - received.shape[1]
+    if rows.stop <= first:
+        return
+    start = max(rows.start, first)
+    after = torch.cat((penalty[:, start - rows.start + 1 :], state[:, None, cols]), 1)
+    received[:, start - first : rows.stop - first] = state.unsqueeze(1)
+    received[:, start - first : rows.stop - first, cols] = after

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
-from attnrewrite.kernels.selective.reference import check_selection
+from attnrewrite.kernels.selective.reference import check_selection, check_selector
 from attnrewrite.kernels.selective.step import step
 from attnrewrite.kernels.visibility import accumulation_dtype, check_attention
 
@@ -49,6 +49,8 @@ def selective_decode(
     protect_first: bool = True,
     softcap: float | None = None,
     budget: int | None = None,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
 ) -> tuple[Tensor, SelectionState]:
     """Attend with the newest L of S tokens; causal selective attention (arXiv 2410.02703) step by step.
 
@@ -71,6 +73,8 @@ def selective_decode(
         budget: how many keys may be attended to, at least 2. When a new key makes them more, the one with the largest
             penalty is evicted for good before its query attends: never the new key nor a protected one, the oldest
             among equals. A key that its own query does not see, such as padding, counts as evicted.
+        vote_query: ``[B, L, Ds]``, with ``vote_key`` a selector of its own, as in ``selective_attention``.
+        vote_key: ``[B, S, Ds]``, cached and new ones.
 
     Returns:
         The output ``[B, H, L, Dv]`` in the dtype of ``query``, and the state for S keys. Both are differentiable in
@@ -81,6 +85,7 @@ def selective_decode(
     """
     check_attention(query, key, value, attn_mask, is_causal=True, enable_gqa=enable_gqa, window=window, softcap=softcap)
     check_selection(query, attn_mask, selection_head, gamma)
+    check_selector(query, key, vote_query, vote_key)
     (B, _, L, D), S = query.shape, key.shape[2]
     _check_state(state, B, L, S)
     _check_budget(budget, window)
@@ -93,7 +98,7 @@ def selective_decode(
         protected = torch.cat((state.protected, protected[:, S - L :]), dim=1)
     limit = None if budget is None else torch.tensor(budget)
     factor = D**-0.5 if scale is None else scale
-    out, votes, protected = step(
+    out, received, protected = step(
         query,
         key,
         value,
@@ -110,8 +115,10 @@ def selective_decode(
         softcap,
         selection_head,
         protect_first,
+        vote_query,
+        vote_key,
     )
-    return out, SelectionState(votes, protected)
+    return out, SelectionState(received.squeeze(1), protected)
 
 
 def _check_state(state: SelectionState | None, B: int, L: int, S: int) -> None:

@@ -21,6 +21,8 @@ def selective_attention(
     softcap: float | None,
     selection_head: int,
     protect_first: bool,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
 ) -> Tensor:
     """Compute what the operator computes; dropout draws other numbers."""
     return reference.selective_attention(
@@ -37,4 +39,6 @@ def selective_attention(
         gamma=gamma,
         protect_first=protect_first,
         softcap=softcap,
+        vote_query=vote_query,
+        vote_key=vote_key,
     )

@@ -11,8 +11,9 @@ from torch import Tensor
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.selective import reference
 from attnrewrite.kernels.selective.backward import gradients
-from attnrewrite.kernels.selective.ballot import Ballot, attend
-from attnrewrite.kernels.selective.reference import check_selective
+from attnrewrite.kernels.selective.ballot import Ballot, attend, selector
+from attnrewrite.kernels.selective.cost import backward_flops, forward_flops
+from attnrewrite.kernels.selective.reference import check_selective, check_selector
 from attnrewrite.kernels.visibility import accumulation_dtype, full_precision
 
 
@@ -31,16 +32,19 @@ def selective_attention(
     gamma: float | Tensor = 1.0,
     protect_first: bool = True,
     softcap: float | None = None,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
 ) -> Tensor:
     """Compute ``reference.selective_attention`` in strips, with a closed-form backward."""
     check_selective(
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, window, selection_head, gamma, softcap
     )
+    check_selector(query, key, vote_query, vote_key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     strength = gamma if isinstance(gamma, Tensor) else query.new_full((), gamma, dtype=accumulation_dtype(query.dtype))
     seed = strips.draw_seed(query, dropout_p)
     numbers = (factor, dropout_p, is_causal, window, softcap, selection_head, protect_first)
-    out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers)
+    out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers, vote_query, vote_key)
     return out
 
 
@@ -62,8 +66,11 @@ def _forward(
     softcap: float | None,
     selection_head: int,
     protect_first: bool,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
 ) -> Tensor:
-    ballot = Ballot(strips.options(seed, scale, dropout_p, is_causal, window, softcap), selection_head)
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    ballot = Ballot(how, selection_head, selector=selector(vote_query, vote_key))
     with full_precision(query.device):
         if protect_first:
             ballot.protect(query, key, attn_mask)
@@ -92,18 +99,20 @@ def _backward(
     softcap: float | None,
     selection_head: int,
     protect_first: bool,
+    vote_query: Tensor | None,
+    vote_key: Tensor | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by query, key, value, gamma and bias; an empty one where there is no bias."""
-    ballot = Ballot(strips.options(seed, scale, dropout_p, is_causal, window, softcap), selection_head)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by query, key, value, gamma, bias, vote_query and vote_key; empty ones by what is absent."""
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    ballot = Ballot(how, selection_head, selector=selector(vote_query, vote_key))
     with full_precision(query.device):
         if protect_first:
             ballot.protect(query, key, attn_mask)
-        *found, by_bias, _ = gradients(
+        found = gradients(
             upstream, None, query, key, value, gamma, out, attn_mask, ballot, bias_needs_grad=bias_needs_grad
         )
-    by_query, by_key, by_value, by_gamma = found
-    return by_query, by_key, by_value, by_gamma, by_bias
+    return found.as_tuple()
 
 
 @_backward.register_fake
@@ -115,21 +124,25 @@ def _(
     gamma: Tensor,
     out: Tensor,
     attn_mask: Tensor | None,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    bias = query.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), torch.empty_like(gamma), bias
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *_, vote_query, vote_key, bias_needs_grad = rest
+    given = (query, key, value, gamma, attn_mask if bias_needs_grad else None, vote_query, vote_key)
+    return tuple(query.new_empty(0) if x is None else torch.empty_like(x) for x in given)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, gamma, attn_mask, seed, *ctx.numbers = inputs
-    ctx.save_for_backward(query, key, value, gamma, output, attn_mask, seed)
+    query, key, value, gamma, attn_mask, seed, *ctx.numbers, vote_query, vote_key = inputs
+    ctx.save_for_backward(query, key, value, gamma, output, attn_mask, seed, vote_query, vote_key)
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, vote_query, vote_key = ctx.saved_tensors
     wants_bias = ctx.needs_input_grad[4]
-    *found, by_bias = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, wants_bias)
-    return *found, by_bias if wants_bias else None, *(None for _ in range(8))
+    found = _backward(upstream, *tensors, *ctx.numbers, vote_query, vote_key, wants_bias)
+    by_bias = found[4] if wants_bias else None
+    by_selector = (None, None) if vote_query is None else found[5:]
+    return *found[:4], by_bias, *(None for _ in range(8)), *by_selector
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
@@ -137,10 +150,9 @@ _forward.register_autograd(_differentiate, setup_context=_remember)
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_attention)
 def _flops(query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
-    return strips.flops(query[0], query[1], query[2], key[2], query[3] + value[3])
+    return forward_flops(query, key, value, rest[10:])
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_attention_backward)
 def _backward_flops(upstream: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
-    whole = strips.flops(query[0], query[1], query[2], key[2], 3 * query[3] + 2 * value[3])
-    return whole + strips.flops(query[0], 1, query[2], key[2], query[3])
+    return backward_flops(query, key, value, rest[11:])

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sdpa.reference import attention_logits, masked_softmax, weighted_values
-from attnrewrite.kernels.visibility import check_attention, four_dimensional, full_precision, visible
+from attnrewrite.kernels.visibility import (
+    check_attention,
+    check_shape,
+    four_dimensional,
+    full_precision,
+    visible,
+)
 
 
 def selective_attention(
@@ -25,6 +31,8 @@ def selective_attention(
     gamma: float | Tensor = 1.0,
     protect_first: bool = True,
     softcap: float | None = None,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
 ) -> Tensor:
     """Attention in which earlier queries vote keys out, for all heads alike (arXiv 2410.02703).
 
@@ -55,6 +63,9 @@ def selective_attention(
         gamma: number or 0-d tensor; strength of the votes. 0 gives plain attention.
         protect_first: False lets queries vote on every key but their own.
         softcap: bounds the logits before bias, mask and votes.
+        vote_query: ``[B, L, Ds]``, any floating-point dtype. With ``vote_key`` the votes come from a selector of their
+            own: ``Z = Ds ** -0.5 vote_query vote_keyᵀ`` takes the place of L[h], without bias or soft cap.
+        vote_key: ``[B, L, Ds]``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``, differentiable in every float input including ``gamma``.
@@ -65,15 +76,72 @@ def selective_attention(
     check_selective(
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, window, selection_head, gamma, softcap
     )
+    check_selector(query, key, vote_query, vote_key)
     L = query.shape[2]
     seen = visible(L, L, is_causal=is_causal, window=window, attn_mask=attn_mask, device=query.device)
     with full_precision(query.device):
         logits = attention_logits(query, key, attn_mask, scale=scale, softcap=softcap)  # [B, H, L, L]
-        penalty, _ = selection_penalty(
-            logits[:, selection_head], seen_by(seen, selection_head), protect_first=protect_first
+        voting = (
+            logits[:, selection_head] if vote_query is None else selector_logits(vote_query, vote_key, logits.dtype)
         )
+        penalty, _ = selection_penalty(voting, seen_by(seen, selection_head), protect_first=protect_first)
         weights = masked_softmax(logits - gamma * penalty.unsqueeze(1), seen)
         return weighted_values(weights, value, dropout_p).to(query.dtype)
+
+
+def selective_memory(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = True,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    window: int | None = None,
+    *,
+    selection_head: int = 0,
+    gamma: float | Tensor = 1.0,
+    protect_first: bool = True,
+    softcap: float | None = None,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
+    tau: float = 1.0,
+) -> Tensor:
+    """How many keys each query of ``selective_attention`` still needs: a soft count, to be made small in training.
+
+    With F the votes that a key has received from earlier queries::
+
+        M[i] = sum over visible keys j of 1 - min(gamma F[i,j], tau) / tau
+
+    A key on which nobody has voted counts 1, one whose penalty has reached ``tau`` counts 0. A query that sees a key
+    sees its own, which has no votes, so that M is at least 1; it is 0 for a query that sees none.
+
+    ``query`` is ``[B, H, L, D]``, ``key`` ``[B, Hkv, L, D]``, ``tau`` a number greater than 0; all other arguments are
+    those of ``selective_attention``.
+
+    Returns:
+        ``[B, L]`` in float32 (float64 for float64 inputs), differentiable in every float input.
+
+    Raises:
+        LoweringError: AR402, arguments that do not fit together.
+    """
+    L = query.shape[2]
+    seen = visible(L, L, is_causal=is_causal, window=window, attn_mask=attn_mask, device=query.device)
+    own = seen_by(seen, selection_head)
+    with full_precision(query.device):
+        logits = attention_logits(query, key, attn_mask, scale=scale, softcap=softcap)
+        voting = (
+            logits[:, selection_head] if vote_query is None else selector_logits(vote_query, vote_key, logits.dtype)
+        )
+        penalty, _ = selection_penalty(voting, own, protect_first=protect_first)
+        kept = 1 - (gamma * penalty).clamp(max=tau) / tau
+        return (kept if own is None else torch.where(own, kept, 0.0)).sum(-1)
+
+
+def selector_logits(vote_query: Tensor, vote_key: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the logits ``[B, L, S]`` of a selector's queries ``[B, L, Ds]`` and keys ``[B, S, Ds]``."""
+    assert vote_key is not None
+    found: Tensor = vote_query.to(dtype) @ vote_key.to(dtype).mT * vote_query.shape[-1] ** -0.5
+    return found
 
 
 def selection_penalty(logits: Tensor, seen: Tensor | None, *, protect_first: bool = True) -> tuple[Tensor, Tensor]:
@@ -151,6 +219,17 @@ def check_selective(
             hint="pass query, key and value of the same length, or call selective_decode",
         )
     check_selection(query, attn_mask, selection_head, gamma)
+
+
+def check_selector(query: Tensor, key: Tensor, vote_query: Tensor | None, vote_key: Tensor | None) -> None:
+    """Raise AR402 unless a selector is absent, or its queries and keys fit together and to those of the attention."""
+    if vote_query is None and vote_key is None:
+        return
+    if vote_query is None or vote_key is None:
+        raise error("AR402", "one of vote_query and vote_key is missing", hint="pass both, or neither")
+    (B, _, L, _), S, width = query.shape, key.shape[2], vote_query.shape[-1]
+    check_shape("vote_query", vote_query, "B x L x Ds", (B, L, width))
+    check_shape("vote_key", vote_key, "B x S x Ds", (B, S, width))
 
 
 def check_selection(query: Tensor, attn_mask: Tensor | None, selection_head: int, gamma: float | Tensor) -> None:

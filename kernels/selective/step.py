@@ -12,9 +12,10 @@ from torch import Tensor
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.selective.backward import gradients
-from attnrewrite.kernels.selective.ballot import Ballot, attend
+from attnrewrite.kernels.selective.ballot import Ballot, attend, selector
+from attnrewrite.kernels.selective.cost import backward_flops, forward_flops
 from attnrewrite.kernels.strips import Options
-from attnrewrite.kernels.visibility import full_precision
+from attnrewrite.kernels.visibility import accumulation_dtype, full_precision
 
 
 @torch.library.custom_op("attnrewrite::selective_decode", mutates_args=())
@@ -35,18 +36,23 @@ def step(
     softcap: float | None,
     selection_head: int,
     protect_first: bool,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
+    recent: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output, the votes and the protected keys after L queries.
+    """Return the output, the votes after each of the last ``recent`` queries, ``[B, recent, S]``, the protected keys.
 
     ``votes`` and ``protected`` ``[B, S]`` have 0 and False for the new keys. ``position``, a number, says where the
     first query stands in a cache of fixed size, in which case ``attn_mask`` hides what lies behind; otherwise the
-    queries are the newest keys. ``budget`` is a number, ``seed`` what ``strips.draw_seed`` drew.
+    queries are the newest keys. ``budget`` is a number, with which ``recent`` is 1; ``seed`` is what
+    ``strips.draw_seed`` drew.
     """
     how = strips.options(seed, scale, dropout_p, True, window, softcap)
-    ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first)
+    own = selector(vote_query, vote_key)
+    ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first, own)
     limit = None if budget is None else int(budget)
     with full_precision(query.device):
-        out, received = attend(query, key, value, gamma, attn_mask, ballot, votes, limit)
+        out, received = attend(query, key, value, gamma, attn_mask, ballot, votes, limit, recent)
     exempt = protected if ballot.protected is None else ballot.protected
     return out, received, exempt.expand_as(protected).clone()
 
@@ -60,20 +66,25 @@ def _ballot(
     how: Options,
     selection_head: int,
     protect_first: bool,
+    own: tuple[Tensor, Tensor] | None,
 ) -> Ballot:
     if position is None:
         offset = key.shape[2] - query.shape[2]
-        ballot = Ballot(replace(how, offset=offset), selection_head, offset)
+        ballot = Ballot(replace(how, offset=offset), selection_head, offset, own)
     else:
-        ballot = Ballot(replace(how, is_causal=False, window=None), selection_head, position.to(query.device))
+        ballot = Ballot(replace(how, is_causal=False, window=None), selection_head, position.to(query.device), own)
     if protect_first:
         ballot.protect(query, key, attn_mask, protected)
     return ballot
 
 
 @step.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, gamma: Tensor, votes: Tensor, protected: Tensor, *rest: object) -> Any:
-    return query.new_empty(*query.shape[:3], value.shape[3]), torch.empty_like(votes), torch.empty_like(protected)
+def _(
+    query: Tensor, key: Tensor, value: Tensor, gamma: Tensor, votes: Tensor, protected: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
+    recent = rest[12] if len(rest) > 12 else 1
+    received = votes.new_empty(votes.shape[0], recent, votes.shape[1], dtype=accumulation_dtype(query.dtype))
+    return query.new_empty(*query.shape[:3], value.shape[3]), received, torch.empty_like(protected)
 
 
 @torch.library.custom_op("attnrewrite::selective_decode_backward", mutates_args=())
@@ -96,13 +107,16 @@ def _backward(
     softcap: float | None,
     selection_head: int,
     protect_first: bool,
+    vote_query: Tensor | None,
+    vote_key: Tensor | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by query, key, value, gamma, bias and votes; an empty one where there is no bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients as the backward of a whole sequence does, and behind them that by votes."""
     how = strips.options(seed, scale, dropout_p, True, window, softcap)
-    ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first)
+    own = selector(vote_query, vote_key)
+    ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first, own)
     with full_precision(query.device):
-        return gradients(
+        found = gradients(
             upstream,
             by_state,
             query,
@@ -115,6 +129,7 @@ def _backward(
             votes,
             bias_needs_grad=bias_needs_grad,
         )
+    return *found.as_tuple(), found.votes.to(votes.dtype)
 
 
 @_backward.register_fake
@@ -129,24 +144,33 @@ def _(
     votes: Tensor,
     protected: Tensor,
     attn_mask: Tensor | None,
-    *rest: object,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    bias = query.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
-    return (*(torch.empty_like(x) for x in (query, key, value, gamma)), bias, torch.empty_like(votes))
+    *_, vote_query, vote_key, bias_needs_grad = rest
+    given = (query, key, value, gamma, attn_mask if bias_needs_grad else None, vote_query, vote_key, votes)
+    return tuple(query.new_empty(0) if x is None else torch.empty_like(x) for x in given)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    query, key, value, gamma, votes, protected, attn_mask, position, seed, budget, *ctx.numbers = inputs
+    query, key, value, gamma, votes, protected, attn_mask, position, seed, budget, *rest = inputs
+    *ctx.numbers, vote_query, vote_key, ctx.recent = rest
     ctx.bounded = budget is not None
-    ctx.save_for_backward(query, key, value, gamma, output[0], votes, protected, attn_mask, position, seed)
+    ctx.save_for_backward(
+        query, key, value, gamma, output[0], votes, protected, attn_mask, position, seed, vote_query, vote_key
+    )
 
 
 def _differentiate(ctx: Any, upstream: Tensor, by_state: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if ctx.bounded:
         raise error("AR402", "which keys a budget evicts has no gradient", hint="decode under torch.no_grad()")
+    if ctx.recent != 1:
+        raise error("AR402", "only the votes after the last query have a gradient", hint="decode under torch.no_grad()")
     wants_bias = ctx.needs_input_grad[6]
-    *found, by_bias, by_votes = _backward(upstream, by_state, *ctx.saved_tensors, *ctx.numbers, wants_bias)
-    return *found, by_votes, None, by_bias if wants_bias else None, *(None for _ in range(10))
+    *tensors, vote_query, vote_key = ctx.saved_tensors
+    found = _backward(upstream, by_state.squeeze(1), *tensors, *ctx.numbers, vote_query, vote_key, wants_bias)
+    by_bias = found[4] if wants_bias else None
+    by_selector = (None, None) if vote_query is None else found[5:7]
+    return *found[:4], found[7], None, by_bias, *(None for _ in range(9)), *by_selector, None
 
 
 step.register_autograd(_differentiate, setup_context=_remember)
@@ -154,10 +178,9 @@ step.register_autograd(_differentiate, setup_context=_remember)
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_decode)
 def _flops(query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
-    return strips.flops(query[0], query[1], query[2], key[2], query[3] + value[3])
+    return forward_flops(query, key, value, rest[13:])
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_decode_backward)
 def _backward_flops(upstream: Any, by_state: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
-    whole = strips.flops(query[0], query[1], query[2], key[2], 3 * query[3] + 2 * value[3])
-    return whole + strips.flops(query[0], 1, query[2], key[2], query[3])
+    return backward_flops(query, key, value, rest[13:])

@@ -83,6 +83,36 @@ def newest_key(site: Attention) -> Operand:
     raise Reject("AR307", "where the call's own keys enter the cache was not found", site.anchor, near)
 
 
+def source(site: Attention) -> Operand:
+    """Return what the linear map of the queries reads, ``[..., features]``, with its layout. Raises Reject (AR307)."""
+    made = projection(site, "query")
+    *way, linear = only_moved(made.node) or [made.node]
+    read = linear.args[1 if op(linear) == "addmm" else 0]
+    layout = made.layout
+    try:
+        for node in way:
+            layout = _uncut(layout, node)
+    except AxisError:
+        layout = ()
+    if not is_node(read) or len(shape(read)) != len(layout):
+        raise Reject("AR307", "what the linear map of the queries reads was not found", site.anchor)
+    return Operand(read, (*layout[:-1], (Symbol("model", shape(read)[-1]),)))
+
+
+def _uncut(layout: Layout, node: fx.Node) -> Layout:
+    """Return the layout of what ``node``, one of the nodes of ``only_moved``, is moved or cut from."""
+    source, name = node.args[0], op(node)
+    if not name or not is_node(source):  # one of several pieces
+        return layout
+    if name not in _PIECES | {"unbind"}:
+        moved = backward(layout, node)
+        return layout if moved is None else moved[1]
+    at = 1 if name in ("slice", "narrow", "select", "unbind") else 2
+    dim = int(argument(node, at, "dim", 0)) % len(shape(source))
+    whole = layout if name not in ("select", "unbind") else (*layout[:dim], (), *layout[dim:])
+    return _fresh_axis(whole, dim, source)
+
+
 def _ancestors(start: Operand, inner: Dim) -> Iterator[Operand]:
     """Yield ``start`` and the values it is computed from along tensor data, nearest first, with their layouts."""
     todo, seen = [start], set[fx.Node]()

@@ -35,11 +35,13 @@ class SelectiveSSARule:
         """Return selective attention on scaled queries and values."""
         attend = self._votes.function(request)
 
-        def selective_ssa(t: SiteTensors) -> torch.Tensor:
-            tau_q, tau_v = temperatures(t, request)
-            return attend(_Tempered(t.site, t.values, t.extra, plain=t, tau_q=tau_q, tau_v=tau_v))
+        return lambda t: attend(tempered(t, request))
 
-        return selective_ssa
+
+def tempered(t: SiteTensors, request: Request) -> SiteTensors:
+    """Return the tensors with temperatures on the queries and on what is attended."""
+    tau_q, tau_v = temperatures(t, request)
+    return _Tempered(t.site, t.values, t.extra, plain=t, tau_q=tau_q, tau_v=tau_v)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

@@ -24,8 +24,11 @@ READY = "attnrewrite.routing_ready.default"
 DOCUMENT = "attnrewrite.sea_one_document.default"
 NAMES = sorted({str(operator) for operator in TABLE} - {READY, DOCUMENT})
 """The attentions; beside them there are two operators that only check."""
-NO_PART_OF_INFERENCE = ("attnrewrite::enter", "_backward", "routing_learn", "selective_decode", "sea_decode")
-"""Markers, gradients, centroids that follow the data, and decoding with a cache, which a program does not hold."""
+NO_PART_OF_INFERENCE = (
+    *("attnrewrite::enter", "_backward", "routing_learn", "selective_decode", "sea_decode", "selective_memory"),
+    "dense_attention",
+)
+"""Markers, gradients, centroids that follow the data, a loss, decoding with a cache, and kernels: no program holds these."""
 VISIBLE = [(True, None), (True, 3), (False, None)]
 
 

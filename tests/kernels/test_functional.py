@@ -28,6 +28,7 @@ def test_names():
         "sea_attention",
         "selective_attention",
         "selective_decode",
+        "selective_memory",
         "ssa_attention",
         "symmetric_attention",
     ]

@@ -121,7 +121,7 @@ def test_a_cache_of_fixed_size_gives_the_same():
     gamma, votes, protected = options
     found = []
     for start, stop in ((0, 5), (5, 6), (6, 9)):
-        out, votes, protected = step(
+        out, received, protected = step(
             query[:, :, start:stop],
             *room,
             gamma,
@@ -138,6 +138,7 @@ def test_a_cache_of_fixed_size_gives_the_same():
             0,
             True,
         )
+        votes = received[:, -1]
         found.append(out)
     whole, state = selective_decode(query, key, value)
     torch.testing.assert_close(torch.cat(found, 2), whole, **CLOSE)
@@ -173,3 +174,22 @@ def test_torchs_own_checks(bias):
     torch.library.opcheck(
         torch.ops.attnrewrite.selective_decode.default, (*tensors, mask, None, None, None, 0.5, 0.0, None, 2.0, 1, True)
     )
+
+
+@pytest.mark.parametrize("budget", [30, 1 << 22])
+@pytest.mark.parametrize("window", [None, 3])
+def test_votes_after_each_of_the_last_queries(budget, window, monkeypatch):
+    """What is returned for a query is what the step returns that ends with it."""
+    monkeypatch.setattr(strips, "BUDGET", budget)
+    query, key, value = draw(2, 2, 1, 9)
+    _, state = selective_decode(query[:, :, :4], key[:, :, :4], value[:, :, :4], enable_gqa=True, window=window)
+    votes, protected = (torch.nn.functional.pad(x, (0, 5)) for x in (state.votes, state.protected))
+    given_ = (torch.tensor(1.0), votes, protected, None, None, None, None, 0.5, 0.0, window, None, 0, True)
+    for recent in (1, 3, 5):
+        _, received, _ = step(query[:, :, 4:], key, value, *given_, recent=recent)
+        assert received.shape == (2, recent, 9)
+        for row, stop in enumerate(range(10 - recent, 10)):
+            tokens = (query[:, :, 4:stop], key[:, :, :stop], value[:, :, :stop])
+            _, then = selective_decode(*tokens, state, enable_gqa=True, window=window)
+            torch.testing.assert_close(received[:, row, :stop], then.votes, **CLOSE)
+            assert not received[:, row, stop:].any()
