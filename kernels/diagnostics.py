@@ -367,8 +367,9 @@ _ALL = [
     Diagnostic(
         "AR403",
         "no generated kernel",
-        "kernels='triton' was asked for, but this variant has no generated kernel for this device.",
-        "use kernels='auto' or kernels='reference'",
+        "kernels='triton' was asked for, but there is no generated kernel for this variant, these tensors or this "
+        "device.",
+        "use kernels='auto', which takes kernels where there are any; TRITON_INTERPRET=1 runs them without a GPU",
     ),
     Diagnostic(
         "AR404",

@@ -77,8 +77,9 @@ class Call:
             **named("q", "bhmd", self.query),
             **named("k", "bhnd", self.key),
             **named("v", "bhnd", self.value),
-            **({} if self.penalty is None else {"stride_pb": self.penalty.stride(0), "stride_pm": self.penalty.stride(1)}),
         }
+        if self.penalty is not None:
+            strides |= named("p", "bm", self.penalty[:, :, 0])
         mask = None
         if self.mask is not None:
             mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask

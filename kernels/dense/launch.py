@@ -58,14 +58,24 @@ def backward(
     """
     B, H, Hkv, L, S = call.sizes
     warm = call.query_temperature is not None
+    query, key, value = (x.new_empty(x.shape) for x in (call.query, call.key, call.value))
     found = Gradients(
-        *(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (call.query, call.key, call.value)),
+        query,
+        key,
+        value,
         lse.new_empty(B, H, L) if warm else None,
         lse.new_empty(B, Hkv, S) if warm else None,
         lse.new_zeros(B, H, L, S) if bias_gradient else None,
     )
     delta = torch.empty_like(lse)
-    more = {"Out": out, "Lse": lse, "DOut": upstream, "Delta": delta, **_out_strides(out), **named("g", "bhmd", upstream)}
+    more = {
+        "Out": out,
+        "Lse": lse,
+        "DOut": upstream,
+        "Delta": delta,
+        **_out_strides(out),
+        **named("g", "bhmd", upstream),
+    }
     run("delta", "attention_delta", call, more, B * H * -(-L // config.block_m), config)
     keys = {"DKey": found.key, "DValue": found.value, "DValueTau": found.value_temperature}
     name = "attention_backward_keys"
@@ -86,6 +96,7 @@ def run(
     config: Config,
     flags: Mapping[str, Flag] | None = None,
 ) -> None:
+    """Launch a template's function, specialised for ``call``, with the arguments and flags that the call lacks."""
     sums = "ieee" if call.query.dtype == torch.float32 else "tf32"
     given = call.flags(SUM_PRECISION=sums, CONTINUED=False, **(flags or {}))
     kernel = emit(template, name, chosen(flags_of(template, name), given))

@@ -34,9 +34,10 @@ def selective_backward(
     call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor, config: Config = DEFAULT
 ) -> tuple[Gradients, Tensor]:
     """Return the gradients by query, key and value, and that by the strength."""
-    B, H, Hkv, L, S = call.sizes
+    B, H, Hkv, _L, S = call.sizes
     D = call.query.shape[3]
-    assert call.strength is not None
+    strength = call.strength
+    assert strength is not None
     penalty, _ = penalties(call, who, config)
     call = dataclasses.replace(call, penalty=penalty)
     found, delta = backward(call, out, lse, upstream, config=config)
@@ -59,7 +60,7 @@ def selective_backward(
     head = who.head // (H // Hkv)
     found.query[:, who.head] += by_vote @ call.key[:, head]
     found.key[:, head] += selected.to(found.key.dtype)
-    return found, by_strength.sum().to(call.strength.dtype)
+    return found, by_strength.sum().to(strength.dtype)
 
 
 def penalties(call: Call, who: Selection, config: Config = DEFAULT) -> tuple[Tensor, Tensor]:
@@ -81,9 +82,9 @@ def penalties(call: Call, who: Selection, config: Config = DEFAULT) -> tuple[Ten
         **named("p", "bm", penalty[:, :, 0]),
     }
     if call.mask is not None:
-        mask = one_head(call.mask.view(torch.uint8) if call.mask.dtype == torch.bool else call.mask, who.head)
-        mask = mask.expand(B, 1, L, S)[:, 0]
-        more |= {"Mask": mask, **named("m", "bmn", mask)}
+        seen = call.mask.view(torch.uint8) if call.mask.dtype == torch.bool else call.mask
+        of_head = one_head(seen, who.head).expand(B, 1, L, S)[:, 0]
+        more |= {"Mask": of_head, **named("m", "bmn", of_head)}
     if call.slopes is not None:
         more["Slopes"] = call.slopes[who.head]
     run("votes", "selective_votes", call, more, B * -(-S // config.block_n), config)

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 
 from attnrewrite.kernels.generation.emit import Emitted
 
-_FULL = ("Lse", "Delta", "QueryTau", "ValueTau", "Sinks", "Slopes", "Strength", "Earlier", "Votes", "DSelected")
-_FULL += ("DStrength", "DQueryTau", "DValueTau", "DBias")
+_FULL = {
+    *("Lse", "Delta", "QueryTau", "ValueTau", "Sinks", "Slopes", "Strength", "Earlier", "Votes"),
+    *("DSelected", "DStrength", "DQueryTau", "DValueTau", "DBias"),
+}
+"""Parameters that are float32 whatever the inputs are."""
 _NUMBERS = ("scale", "softcap", "kept", "largest")
 
 
 def types(kernel: Emitted, dtype: str, mask: str = "u8") -> dict[str, str]:
-    """Return the type of every parameter, for inputs of ``dtype`` ("bf16"), heads of 16 features or more, any length."""
+    """Return the type of every parameter, for inputs of ``dtype`` ("bf16") and any length."""
     fixed = {"Mask": f"*{mask}", "Protected": "*u8", "Seed": "*i64", "threshold": "i64"}
     fixed |= {"Penalty": "*fp32" if dtype == "fp32" else "*fp16"}
     fixed |= dict.fromkeys(_FULL, "*fp32") | dict.fromkeys(_NUMBERS, "fp32")
@@ -28,4 +31,4 @@ def constants(kernel: Emitted, blocks: Mapping[str, int]) -> dict[str, int]:
 def _type(name: str, dtype: str) -> str:
     if name.startswith("stride_"):
         return "i32:16"
-    return f"*{dtype}" if name[0].isupper() and len(name) > 1 or name in "QKV" else "i32"
+    return f"*{dtype}" if (name[0].isupper() and len(name) > 1) or name in "QKV" else "i32"

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnrewrite.kernels.generation.comments import LINE, parse, render
-from attnrewrite.kernels.generation.fold import Fold
 from attnrewrite.kernels.generation.dead import names_read, remove_dead
+from attnrewrite.kernels.generation.fold import Fold
 from attnrewrite.kernels.generation.inline import Inline
 
 Flag = bool | int | str

@@ -31,20 +31,20 @@ class Fold(ast.NodeTransformer):
     def __init__(self, known: Mapping[str, Any]) -> None:
         self.known = dict(known)
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:  # noqa: N802  # named by ast
+    def visit_Name(self, node: ast.Name) -> ast.expr:  # named by ast
         """Replace a name that is read."""
         if isinstance(node.ctx, ast.Load) and node.id in self.known:
             return ast.copy_location(ast.Constant(self.known[node.id]), node)
         return node
 
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:  # noqa: N802  # named by ast
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:  # named by ast
         """Evaluate ``not``."""
         self.generic_visit(node)
         if isinstance(node.op, ast.Not) and isinstance(node.operand, ast.Constant):
             return ast.Constant(not node.operand.value)
         return node
 
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:  # noqa: N802  # named by ast
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:  # named by ast
         """Evaluate ``and`` and ``or`` as far as their operands are known."""
         self.generic_visit(node)
         decides = isinstance(node.op, ast.Or)
@@ -62,7 +62,7 @@ class Fold(ast.NodeTransformer):
             return ast.Constant(not decides)
         return left[0] if len(left) == 1 else ast.BoolOp(node.op, left)
 
-    def visit_Compare(self, node: ast.Compare) -> ast.expr:  # noqa: N802  # named by ast
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:  # named by ast
         """Evaluate a comparison of two known values."""
         self.generic_visit(node)
         sides = (node.left, *node.comparators)
@@ -71,14 +71,14 @@ class Fold(ast.NodeTransformer):
             return ast.Constant(_COMPARISONS[type(node.ops[0])](left, right))
         return node
 
-    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:  # noqa: N802  # named by ast
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:  # named by ast
         """Keep the side that is taken."""
         self.generic_visit(node)
         if isinstance(node.test, ast.Constant):
             return node.body if node.test.value else node.orelse
         return node
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | list[ast.stmt]:  # noqa: N802  # named by ast
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | list[ast.stmt]:  # named by ast
         """Take up a constant."""
         assert node.value is not None
         node.value = self.visit(node.value)
@@ -87,7 +87,7 @@ class Fold(ast.NodeTransformer):
         self.known[node.target.id] = node.value.value
         return []
 
-    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:  # noqa: N802  # named by ast
+    def visit_If(self, node: ast.If) -> ast.stmt | list[ast.stmt]:  # named by ast
         """Keep the branch that is taken."""
         test = self.visit(node.test)
         if not isinstance(test, ast.Constant):
@@ -96,7 +96,7 @@ class Fold(ast.NodeTransformer):
             return node
         return _headed(node, self.block(node.body if test.value else node.orelse))
 
-    def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:  # noqa: N802  # named by ast
+    def visit_For(self, node: ast.For) -> ast.stmt | list[ast.stmt]:  # named by ast
         """Unroll a loop over ``tl.static_range``."""
         node.iter = self.visit(node.iter)
         bounds = _static_bounds(node.iter)

@@ -100,7 +100,7 @@ class _Rename(ast.NodeTransformer):
     def __init__(self, names: Mapping[str, ast.expr]) -> None:
         self.names = names
 
-    def visit_Name(self, node: ast.Name) -> Any:  # noqa: N802  # named by ast
+    def visit_Name(self, node: ast.Name) -> Any:  # named by ast
         value = self.names.get(node.id)
         if value is None:
             return node

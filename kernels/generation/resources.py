@@ -58,7 +58,9 @@ def compiled(
 
 
 def _nvidia(result: Any) -> Resources:
-    tools = Path(__import__("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    from triton.backends import nvidia
+
+    tools = Path(nvidia.__path__[0]) / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
@@ -75,9 +77,7 @@ def _amd(result: Any) -> Resources:
     count = re.search(r"\.vgpr_count:\s*(\d+)", text)
     spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
     matrix = "MFMA" if "v_mfma" in text else ""
-    return Resources(
-        int(count[1]) if count else 0, int(spilled[1]) if spilled else 0, result.metadata.shared, matrix
-    )
+    return Resources(int(count[1]) if count else 0, int(spilled[1]) if spilled else 0, result.metadata.shared, matrix)
 
 
 def _output(*command: object) -> str:

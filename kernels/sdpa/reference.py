@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.visibility import (
     accumulation_dtype,
     additive,
@@ -35,7 +36,8 @@ def attention(
     ``cap(x) = softcap * tanh(x / softcap)``.
 
     A query that sees no key gives 0. Unlike torch's function this one takes ``is_causal`` and ``attn_mask``
-    together; without ``softcap`` it calls torch's function, so the result has that function's rounding.
+    together; without ``softcap`` it calls torch's function, so the result has that function's rounding. On a GPU,
+    windows and soft caps run on generated kernels.
 
     Args:
         query: ``[B, H, L, D]``, any floating-point dtype.
@@ -55,6 +57,22 @@ def attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
+    special = softcap is not None or window is not None
+    if generated(query, value, fused=not special):
+        from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
+
+        check_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            enable_gqa=enable_gqa,
+            window=window,
+            softcap=softcap,
+        )
+        return dense_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window, softcap)
     if softcap is not None:
         return eager_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap)
     check_attention(

@@ -192,10 +192,7 @@ def attention_backward_keys(
                         ALIBI,
                         PENALTY,
                     )
-                    if ADDED:
-                        p = tl.exp2(s - lse[None, :])
-                    else:
-                        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+                    p = tl.exp2(s - lse[None, :]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[None, :])
                     dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                     if TEMPERATURES:
                         dp = dp * rho[:, None]
@@ -223,4 +220,6 @@ def attention_backward_keys(
         dvalue = dvalue * rho[:, None]
     dk = dk * scale
     tl.store(DKey + n_global * D + d[None, :], dk.to(DKey.dtype.element_ty), mask=(j < S) & (d[None, :] < D))
-    tl.store(DValue + n_global * DV + dv[None, :], dvalue.to(DValue.dtype.element_ty), mask=(j < S) & (dv[None, :] < DV))
+    tl.store(
+        DValue + n_global * DV + dv[None, :], dvalue.to(DValue.dtype.element_ty), mask=(j < S) & (dv[None, :] < DV)
+    )

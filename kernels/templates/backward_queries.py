@@ -188,10 +188,7 @@ def attention_backward_queries(
                     ALIBI,
                     PENALTY,
                 )
-                if ADDED:
-                    p = tl.exp2(s - lse[:, None])
-                else:
-                    p = tl.exp2(s * (scale * LOG2E) - lse[:, None])
+                p = tl.exp2(s - lse[:, None]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[:, None])
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
                 if TEMPERATURES:
                     rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)

@@ -1,4 +1,4 @@
-"""Backward pass of the votes of selective attention: from the gradients of all heads' logits to the selection head's."""
+"""Backward pass of the votes of selective attention: from gradients by all heads' logits to the selection head."""
 
 import triton
 import triton.language as tl
@@ -223,10 +223,7 @@ def selective_backward_votes(
             dz = dz * (1 - t * t)
         dz = dz.to(DVotes.dtype.element_ty)
         tl.store(DVotes + pair, dz, mask=inside)
-        if UPCAST:
-            dz = dz.to(tl.float32)
-        else:
-            dz = dz.to(own_q.dtype)
+        dz = dz.to(tl.float32) if UPCAST else dz.to(own_q.dtype)
         dk += tl.dot(tl.trans(dz), own_q, input_precision=PRECISION)
 
     column = (b * S + cols)[:, None]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, scored, survives, tile
+from attnrewrite.kernels.templates.scores import LOG2E, scored, survives, tile
 
 
 @triton.jit

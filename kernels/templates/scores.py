@@ -45,9 +45,7 @@ def scored(
     if ALIBI:
         s += (cols - rows - offset) * (slope * LOG2E)
     if PENALTY:
-        taken = tl.load(
-            Penalty + rows.to(tl.int64) * stride_pm + cols, mask=(rows < L) & (cols < S), other=0.0
-        )
+        taken = tl.load(Penalty + rows.to(tl.int64) * stride_pm + cols, mask=(rows < L) & (cols < S), other=0.0)
         s -= strength * taken.to(tl.float32)
     if MASK == "bias":
         added = tl.load(
@@ -58,9 +56,7 @@ def scored(
         seen = tl.load(Mask + cols * stride_mn, mask=cols < S, other=0)
         s = tl.where(seen != 0, s, float("-inf"))
     if MASK == "pairs":
-        seen = tl.load(
-            Mask + rows.to(tl.int64) * stride_mm + cols * stride_mn, mask=(rows < L) & (cols < S), other=0
-        )
+        seen = tl.load(Mask + rows.to(tl.int64) * stride_mm + cols * stride_mn, mask=(rows < L) & (cols < S), other=0)
         s = tl.where(seen != 0, s, float("-inf"))
     if MASKED:
         s = tl.where(cols < S, s, float("-inf"))
@@ -99,8 +95,7 @@ def tile(
 def bent(s, scale, softcap):
     """Return tanh(scale s / softcap)."""
     power = tl.exp2(s * (scale / softcap * (2 * LOG2E)))
-    t = 1 - 2 / (power + 1)
-    return t
+    return 1 - 2 / (power + 1)
 
 
 @triton.jit

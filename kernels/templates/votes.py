@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, scored, tile
+from attnrewrite.kernels.templates.scores import LOG2E, scored, tile
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def selective_votes(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write F[i, j], the sum of max(logit[k, j], 0) over k < i that may vote on j: down one block of keys, row by row."""
+    """Write F[i, j], the sum of max(logit[k, j], 0) over k < i that may vote on j, down a block of keys."""
     ADDED: tl.constexpr = SOFTCAP or ALIBI or MASK == "bias"
     blocks = tl.cdiv(S, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
