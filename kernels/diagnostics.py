@@ -378,6 +378,13 @@ _ALL = [
         "nothing to do",
         nearest="the call as it stands: scaled_dot_product_attention",
     ),
+    Diagnostic(
+        "AR405",
+        "kernel does not fit the device",
+        "A generated kernel could be compiled or launched in none of its configurations: each needs more shared memory "
+        "or registers than the device has, or triton's compiler failed.",
+        "use kernels='reference', and please report the message with the device's name",
+    ),
     # AR6xx: saving and loading
     Diagnostic(
         "AR601",

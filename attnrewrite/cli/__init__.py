@@ -25,6 +25,7 @@ VERBS = {
     "convert": "Put a variant into MODEL and write it to OUT.",
     "distill": "Train what a conversion added to MODEL, and write it to OUT.",
     "export": "Write MODEL with its attention rewritten, for other compilers.",
+    "kernels": "Show or write the Triton kernels that are generated for a variant.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
     "env": "Show versions, devices and settings.",
     "code": "Explain a diagnostic code, or list them all.",

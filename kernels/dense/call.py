@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnrewrite.kernels.dense.catalogue import flags
 from attnrewrite.kernels.generation.emit import Flag
 from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.visibility import four_dimensional
@@ -43,16 +43,12 @@ class Call:
         B, H, L, _ = self.query.shape
         return B, H, self.key.shape[1], L, self.key.shape[2]
 
-    def flags(self, **more: Flag) -> dict[str, Flag]:
+    def flags(self) -> dict[str, Flag]:
         """Return every flag of the family's templates."""
         _, H, Hkv, _, _ = self.sizes
-        D, Dv = self.query.shape[3], self.value.shape[3]
-        return {
+        full = self.query.dtype == torch.float32
+        settings: dict[str, Flag] = {
             "GROUP": H // Hkv,
-            "D": D,
-            "DV": Dv,
-            "PAD_D": padded(D),
-            "PAD_DV": padded(Dv),
             "CAUSAL": self.how.is_causal,
             "WINDOW": self.how.window is not None,
             "MASK": self._mask_kind(),
@@ -62,12 +58,11 @@ class Call:
             "DROPOUT": self.how.dropout_p > 0,
             "PENALTY": self.penalty is not None,
             "TEMPERATURES": self.query_temperature is not None,
-            "DESCRIPTORS": False,
-            "BIAS_GRADIENT": False,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "SUM_PRECISION": "ieee" if full else "tf32",
             "UPCAST": self.query.dtype == torch.bfloat16 and not self.query.is_cuda,
-            **more,
         }
+        return flags(self.query.shape[3], self.value.shape[3], settings)
 
     def arguments(self) -> dict[str, Any]:
         """Return what the templates call by these names. What a kernel has no use for may be None."""
@@ -79,7 +74,7 @@ class Call:
             **named("v", "bhnd", self.value),
         }
         if self.penalty is not None:
-            strides |= named("p", "bm", self.penalty[:, :, 0])
+            strides |= {"stride_pb": self.penalty.stride(0), "stride_pm": self.penalty.stride(1)}
         mask = None
         if self.mask is not None:
             mask = self.mask.view(torch.uint8) if self.mask.dtype == torch.bool else self.mask
@@ -121,11 +116,6 @@ class Call:
 def named(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:
     """Name the strides of a tensor: ``stride_qb`` and so on."""
     return {f"stride_{letter}{axis}": stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
-def padded(features: int) -> int:
-    """Return the power of two, at least 16, that a tile needs to hold so many features."""
-    return max(16, 1 << math.ceil(math.log2(max(features, 1))))
 
 
 def chosen(names: tuple[str, ...], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @contextmanager
 def kernels(wanted: Kernels) -> Iterator[None]:
-    """Choose for all calls inside: "auto" takes generated kernels on a GPU, "triton" insists on them."""
+    """Choose for all calls inside. "auto" is the reference, as long as kernels were not measured on a GPU."""
     token = _WANTED.set(wanted)
     try:
         yield
@@ -30,19 +30,18 @@ def kernels(wanted: Kernels) -> Iterator[None]:
         _WANTED.reset(token)
 
 
-def generated(query: Tensor, value: Tensor, *reasons: str | None, fused: bool = False) -> bool:
+def generated(query: Tensor, value: Tensor, *reasons: str | None) -> bool:
     """Whether to run generated kernels, for tensors ``[B, H, L, D]`` and ``[B, Hkv, S, Dv]``.
 
-    ``reasons`` are what the caller has against it, None where nothing. ``fused`` says that torch has an operator for
-    it, which is taken unless kernels are insisted on. Raises LoweringError AR403 where they are, and there are none.
+    ``reasons`` are what the caller has against it, None where nothing. Raises LoweringError AR403 where kernels are
+    asked for and there are none.
     """
-    wanted = _WANTED.get()
-    if wanted == "reference" or (wanted == "auto" and (fused or not query.is_cuda)):
+    if _WANTED.get() != "triton":
         return False
-    against = [*(reason for reason in reasons if reason), *_unfit(query, value)]
-    if against and wanted == "triton":
-        raise error("AR403", against[0])
-    return not against
+    against = next((reason for reason in (*reasons, *_unfit(query, value)) if reason), None)
+    if against:
+        raise error("AR403", against)
+    return True
 
 
 def no_device() -> str | None:

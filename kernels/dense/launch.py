@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,30 +10,19 @@ import torch
 from torch import Tensor
 
 from attnrewrite.kernels.dense.call import Call, chosen, named
-from attnrewrite.kernels.generation.emit import Flag, emit, flags_of
+from attnrewrite.kernels.dense.catalogue import kernel
+from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.kernels.generation.emit import Emitted, Flag
 from attnrewrite.kernels.generation.loading import load
 
 
-@dataclass(frozen=True)
-class Config:
-    """How a kernel is cut into programs, and compiled."""
-
-    block_m: int
-    block_n: int
-    warps: int = 4
-    stages: int = 2
-
-
-DEFAULT = Config(64, 64)
-
-
-def forward(call: Call, config: Config = DEFAULT) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, H, L, Dv]`` in the dtype of the query, and the log-sum-exp ``[B, H, L]`` in float32."""
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return the output ``[B, H, L, Dv]`` in the dtype of the query, and the log-sum-exp in base 2 ``[B, H, L]``."""
     B, H, _, L, _ = call.sizes
     out = call.query.new_empty(B, H, L, call.value.shape[3])
     lse = call.query.new_empty(B, H, L, dtype=torch.float32)
-    more = {"Out": out, "Lse": lse, **_out_strides(out)}
-    run("forward", "attention_forward", call, more, B * H * -(-L // config.block_m), config)
+    run("forward", call, {"Out": out, "Lse": lse, **_out_strides(out)}, lambda config: B * H * -(-L // config.block_m))
     return out, lse
 
 
@@ -50,7 +39,7 @@ class Gradients:
 
 
 def backward(
-    call: Call, out: Tensor, lse: Tensor, upstream: Tensor, *, bias_gradient: bool = False, config: Config = DEFAULT
+    call: Call, out: Tensor, lse: Tensor, upstream: Tensor, *, bias_gradient: bool = False
 ) -> tuple[Gradients, Tensor]:
     """Return the gradients of ``sum(upstream * out)``, and ``sum(upstream * out)`` of each row, ``[B, H, L]``.
 
@@ -68,42 +57,58 @@ def backward(
         lse.new_zeros(B, H, L, S) if bias_gradient else None,
     )
     delta = torch.empty_like(lse)
-    more = {
-        "Out": out,
-        "Lse": lse,
-        "DOut": upstream,
-        "Delta": delta,
-        **_out_strides(out),
-        **named("g", "bhmd", upstream),
-    }
-    run("delta", "attention_delta", call, more, B * H * -(-L // config.block_m), config)
+    more = {"Out": out, "Lse": lse, "DOut": upstream, "Delta": delta}
+    more |= {**_out_strides(out), **named("g", "bhmd", upstream)}
     keys = {"DKey": found.key, "DValue": found.value, "DValueTau": found.value_temperature}
-    name = "attention_backward_keys"
-    run("backward_keys", name, call, {**more, **keys}, B * Hkv * -(-S // config.block_n), config)
     queries = {"DQuery": found.query, "DQueryTau": found.query_temperature, "DBias": found.bias}
-    name = "attention_backward_queries"
     flags = {"BIAS_GRADIENT": bias_gradient}
-    run("backward_queries", name, call, {**more, **queries}, B * H * -(-L // config.block_m), config, flags)
+    run("delta", call, more, lambda config: B * H * -(-L // config.block_m))
+    run("backward_keys", call, more | keys, lambda config: B * Hkv * -(-S // config.block_n))
+    run("backward_queries", call, more | queries, lambda config: B * H * -(-L // config.block_m), flags)
     return found, delta
 
 
 def run(
-    template: str,
     name: str,
     call: Call,
     more: Mapping[str, Any],
-    programs: int,
-    config: Config,
+    programs: Callable[[Config], int],
     flags: Mapping[str, Flag] | None = None,
 ) -> None:
-    """Launch a template's function, specialised for ``call``, with the arguments and flags that the call lacks."""
-    sums = "ieee" if call.query.dtype == torch.float32 else "tf32"
-    given = call.flags(SUM_PRECISION=sums, CONTINUED=False, **(flags or {}))
-    kernel = emit(template, name, chosen(flags_of(template, name), given))
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    arguments = chosen(kernel.parameters, {**call.arguments(), **more, **blocks})
-    if programs:
-        load(kernel)[(programs,)](**arguments, num_warps=config.warps, num_stages=config.stages)
+    """Launch kernel ``name``, specialised for ``call``, with the arguments and flags that the call lacks.
+
+    Raises LoweringError AR405 where the device can run it in none of its configurations.
+    """
+    given = {**call.flags(), **(flags or {})}
+    emitted = kernel(name, given)
+    arguments = chosen(emitted.parameters, {**call.arguments(), **more})
+    widest, bits = max(int(given["PAD_D"]), int(given["PAD_DV"])), call.query.element_size() * 8
+    failure: Exception | None = None
+    for config in configs(name, widest, bits):
+        if (emitted, config) in _FAILED:
+            continue
+        blocks = chosen(emitted.parameters, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
+        try:
+            if programs(config):
+                load(emitted)[(programs(config),)](
+                    **arguments, **blocks, num_warps=config.warps, num_stages=config.stages
+                )
+            return
+        except _cannot_run() as cause:
+            _FAILED.add((emitted, config))
+            failure = cause
+    raise error("AR405", f"{emitted.name}: {failure}") from failure
+
+
+_FAILED: set[tuple[Emitted, Config]] = set()
+"""What was tried in vain on this machine."""
+
+
+def _cannot_run() -> tuple[type[Exception], ...]:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return OutOfResources, PTXASError, CompilationError
 
 
 def _out_strides(out: Tensor) -> dict[str, int]:

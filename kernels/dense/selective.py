@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnrewrite.kernels.dense.call import Call, named
-from attnrewrite.kernels.dense.launch import DEFAULT, Config, Gradients, backward, forward, run
+from attnrewrite.kernels.dense.launch import Gradients, backward, forward, run
 from attnrewrite.kernels.strips import one_head
 
 _ROW = 16
@@ -23,26 +23,25 @@ class Selection:
     protected: Tensor
 
 
-def selective_forward(call: Call, who: Selection, config: Config = DEFAULT) -> tuple[Tensor, Tensor, Tensor]:
+def selective_forward(call: Call, who: Selection) -> tuple[Tensor, Tensor, Tensor]:
     """Return output, log-sum-exp, and the votes ``[B, S]`` that every key has received. ``call`` has a strength."""
-    penalty, votes = penalties(call, who, config)
-    out, lse = forward(dataclasses.replace(call, penalty=penalty), config)
+    penalty, votes = penalties(call, who)
+    out, lse = forward(dataclasses.replace(call, penalty=penalty))
     return out, lse, votes
 
 
 def selective_backward(
-    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor, config: Config = DEFAULT
+    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor
 ) -> tuple[Gradients, Tensor]:
     """Return the gradients by query, key and value, and that by the strength."""
     B, H, Hkv, _L, S = call.sizes
     D = call.query.shape[3]
     strength = call.strength
     assert strength is not None
-    penalty, _ = penalties(call, who, config)
+    penalty, _ = penalties(call, who)
     call = dataclasses.replace(call, penalty=penalty)
-    found, delta = backward(call, out, lse, upstream, config=config)
-    blocks = -(-S // config.block_n)
-    selected, by_strength = lse.new_empty(B, S, D), lse.new_empty(B, blocks)
+    found, delta = backward(call, out, lse, upstream)
+    selected, by_strength = lse.new_empty(B, S, D), lse.new_empty(B, S)
     # What was the penalty of a pair becomes the gradient by its vote: one tile, one program.
     by_vote = penalty if call.query.dtype == torch.float32 else penalty.view(call.query.dtype)
     more = {
@@ -56,14 +55,14 @@ def selective_backward(
         "selection_head": who.head,
         **named("g", "bhmd", upstream),
     }
-    run("backward_votes", "selective_backward_votes", call, more, B * blocks, config)
+    run("backward_votes", call, more, lambda config: B * -(-S // config.block_n))
     head = who.head // (H // Hkv)
     found.query[:, who.head] += by_vote @ call.key[:, head]
     found.key[:, head] += selected.to(found.key.dtype)
     return found, by_strength.sum().to(strength.dtype)
 
 
-def penalties(call: Call, who: Selection, config: Config = DEFAULT) -> tuple[Tensor, Tensor]:
+def penalties(call: Call, who: Selection) -> tuple[Tensor, Tensor]:
     """Return F times log2(e), ``[B, L, S]`` with padded rows, in 16 bit for 16-bit inputs; and the votes ``[B, S]``."""
     B, H, Hkv, L, S = call.sizes
     dtype = torch.float32 if call.query.dtype == torch.float32 else torch.float16
@@ -79,7 +78,8 @@ def penalties(call: Call, who: Selection, config: Config = DEFAULT) -> tuple[Ten
         **_protection(call, who),
         **named("q", "bmd", query),
         **named("k", "bnd", key),
-        **named("p", "bm", penalty[:, :, 0]),
+        "stride_pb": penalty.stride(0),
+        "stride_pm": penalty.stride(1),
     }
     if call.mask is not None:
         seen = call.mask.view(torch.uint8) if call.mask.dtype == torch.bool else call.mask
@@ -87,7 +87,7 @@ def penalties(call: Call, who: Selection, config: Config = DEFAULT) -> tuple[Ten
         more |= {"Mask": of_head, **named("m", "bmn", of_head)}
     if call.slopes is not None:
         more["Slopes"] = call.slopes[who.head]
-    run("votes", "selective_votes", call, more, B * -(-S // config.block_n), config)
+    run("votes", call, more, lambda config: B * -(-S // config.block_n))
     return penalty, votes
 
 

@@ -48,16 +48,10 @@ class Fold(ast.NodeTransformer):
         """Evaluate ``and`` and ``or`` as far as their operands are known."""
         self.generic_visit(node)
         decides = isinstance(node.op, ast.Or)
-        left: list[ast.expr] = []
-        for operand in node.values:
-            if not isinstance(operand, ast.Constant):
-                left.append(operand)
-            elif bool(operand.value) == decides:
-                left.append(operand)
-                break
-        open_ones = [x for x in left if not isinstance(x, ast.Constant)]
-        if len(left) != len(open_ones) and not open_ones:
+        known = [bool(operand.value) for operand in node.values if isinstance(operand, ast.Constant)]
+        if decides in known:
             return ast.Constant(decides)
+        left = [operand for operand in node.values if not isinstance(operand, ast.Constant)]
         if not left:
             return ast.Constant(not decides)
         return left[0] if len(left) == 1 else ast.BoolOp(node.op, left)

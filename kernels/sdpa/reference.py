@@ -36,8 +36,7 @@ def attention(
     ``cap(x) = softcap * tanh(x / softcap)``.
 
     A query that sees no key gives 0. Unlike torch's function this one takes ``is_causal`` and ``attn_mask``
-    together; without ``softcap`` it calls torch's function, so the result has that function's rounding. On a GPU,
-    windows and soft caps run on generated kernels.
+    together; without ``softcap`` it calls torch's function, so the result has that function's rounding.
 
     Args:
         query: ``[B, H, L, D]``, any floating-point dtype.
@@ -57,8 +56,7 @@ def attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
-    special = softcap is not None or window is not None
-    if generated(query, value, fused=not special):
+    if generated(query, value):
         from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
 
         check_attention(

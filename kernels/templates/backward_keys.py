@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, scored, survives, tile
+from attnrewrite.kernels.templates.scores import LOG2E, bent, narrow, scored, survives, tile
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def attention_backward_keys(
     K,  # [B, Hkv, S, D]
     V,  # [B, Hkv, S, Dv]
     DOut,  # [B, H, L, Dv]
-    Lse,  # [B, H, L], natural logarithm
+    Lse,  # [B, H, L], in base 2
     Delta,  # [B, H, L], sum of out * dout over features
     DKey,  # [B, Hkv, S, D]
     DValue,  # [B, Hkv, S, Dv]
@@ -156,12 +156,12 @@ def attention_backward_keys(
                     left = L - first_row
                     q = tile(Q_tile, m[:, None], d[None, :], stride_qm, stride_qd, left, PART != 1, D, PAD_D)
                     grad = tile(G_tile, m[:, None], dv[None, :], stride_gm, stride_gd, left, PART != 1, DV, PAD_DV)
-                    lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf")) * LOG2E
+                    lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
                     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
                     delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
                     if TEMPERATURES:
                         tau = tl.load(QueryTau + row_of + rows, mask=rows < L, other=0.0).to(tl.float32)
-                        q = (q.to(tl.float32) * tau[:, None]).to(Q.dtype.element_ty)
+                        q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
                     if UPCAST:
                         q = q.to(tl.float32)
                         grad = grad.to(tl.float32)
@@ -205,11 +205,8 @@ def attention_backward_keys(
                     if SOFTCAP:
                         t = bent(product, scale, softcap)
                         ds = ds * (1 - t * t)
-                    used = used.to(V.dtype.element_ty)
-                    ds = ds.to(Q.dtype.element_ty)
-                    if UPCAST:
-                        used = used.to(tl.float32)
-                        ds = ds.to(tl.float32)
+                    used = narrow(used, V, UPCAST)
+                    ds = narrow(ds, Q, UPCAST)
                     dvalue += tl.dot(used, grad, input_precision=PRECISION)
                     dk += tl.dot(ds, q, input_precision=PRECISION)
 
@@ -218,8 +215,8 @@ def attention_backward_keys(
         gained = tl.sum(dvalue * v.to(tl.float32), 1)
         tl.store(DValueTau + bh.to(tl.int64) * S + cols, gained, mask=cols < S)
         dvalue = dvalue * rho[:, None]
-    dk = dk * scale
-    tl.store(DKey + n_global * D + d[None, :], dk.to(DKey.dtype.element_ty), mask=(j < S) & (d[None, :] < D))
+    dk = narrow(dk * scale, DKey, UPCAST)
+    tl.store(DKey + n_global * D + d[None, :], dk, mask=(j < S) & (d[None, :] < D))
     tl.store(
         DValue + n_global * DV + dv[None, :], dvalue.to(DValue.dtype.element_ty), mask=(j < S) & (dv[None, :] < DV)
     )

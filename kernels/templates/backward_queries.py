@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, scored, survives, tile
+from attnrewrite.kernels.templates.scores import LOG2E, bent, narrow, scored, survives, tile
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def attention_backward_queries(
     K,  # [B, Hkv, S, D]
     V,  # [B, Hkv, S, Dv]
     DOut,  # [B, H, L, Dv]
-    Lse,  # [B, H, L], natural logarithm
+    Lse,  # [B, H, L], in base 2
     Delta,  # [B, H, L], sum of out * dout over features
     DQuery,  # [B, H, L, D]
     DQueryTau,  # [B, H, L]
@@ -105,13 +105,13 @@ def attention_backward_queries(
     V += b * stride_vb + hk * stride_vh
     q = tile(Q, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
     grad = tile(DOut, m[:, None], dv[None, :], stride_gm, stride_gd, L - first_row, True, DV, PAD_DV)
-    lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf")) * LOG2E
+    lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
     delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
     if TEMPERATURES:
         bare = q.to(tl.float32)
         tau = tl.load(QueryTau + row_of + rows, mask=rows < L, other=0.0).to(tl.float32)
-        q = (bare * tau[:, None]).to(Q.dtype.element_ty)
+        q = narrow(bare * tau[:, None], Q, UPCAST)
     if UPCAST:
         q = q.to(tl.float32)
         grad = grad.to(tl.float32)
@@ -198,17 +198,16 @@ def attention_backward_queries(
                     dp = tl.where(alive, dp * kept, 0.0)
                 ds = p * (dp - delta[:, None])
                 if BIAS_GRADIENT:
-                    tl.store(DBias + (row_of + i) * S + j, ds.to(DBias.dtype.element_ty), mask=(i < L) & (j < S))
+                    tl.store(DBias + (row_of + i) * S + j, ds, mask=(i < L) & (j < S))
                 if SOFTCAP:
                     t = bent(product, scale, softcap)
                     ds = ds * (1 - t * t)
-                ds = ds.to(K.dtype.element_ty)
-                if UPCAST:
-                    ds = ds.to(tl.float32)
+                ds = narrow(ds, K, UPCAST)
                 dq += tl.dot(ds, k, input_precision=PRECISION)
 
     dq = dq * scale
     if TEMPERATURES:
         tl.store(DQueryTau + row_of + rows, tl.sum(dq * bare, 1), mask=rows < L)
         dq = dq * tau[:, None]
-    tl.store(DQuery + (row_of + i) * D + d[None, :], dq.to(DQuery.dtype.element_ty), mask=(i < L) & (d[None, :] < D))
+    dq = narrow(dq, DQuery, UPCAST)
+    tl.store(DQuery + (row_of + i) * D + d[None, :], dq, mask=(i < L) & (d[None, :] < D))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, scored, tile
+from attnrewrite.kernels.templates.scores import LOG2E, bent, narrow, scored, tile
 
 
 @triton.jit
@@ -12,11 +12,11 @@ def selective_backward_votes(
     K,  # [B, Hkv, S, D]
     V,  # [B, Hkv, S, Dv]
     DOut,  # [B, H, L, Dv]
-    Lse,  # [B, H, L], natural logarithm
+    Lse,  # [B, H, L], in base 2
     Delta,  # [B, H, L], sum of out * dout over features
     DVotes,  # [B, L, S], written: gradient by the selection head's q . k, times scale; may be the memory of Penalty
     DSelected,  # [B, S, D], written: what the votes add to the gradient of the selection head's keys
-    DStrength,  # [B, blocks of keys], written: sums of the gradient by the strength
+    DStrength,  # [B, S], written: the gradient by the strength, key by key
     Mask,  # [B, H, L, S], any stride may be 0
     Penalty,  # [B, L, S], times log2(e)
     Strength,  # of the penalty, one number
@@ -73,8 +73,7 @@ def selective_backward_votes(
     ADDED: tl.constexpr = SOFTCAP or ALIBI or MASK == "bias"
     blocks = tl.cdiv(S, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    first = block * BLOCK_N
+    first = tl.program_id(0) % blocks * BLOCK_N
     m = tl.arange(0, BLOCK_M)
     n = tl.arange(0, BLOCK_N)
     d = tl.arange(0, PAD_D)
@@ -125,7 +124,7 @@ def selective_backward_votes(
             k = tile(K_tile, n[:, None], d[None, :], stride_kn, stride_kd, S - first, True, D, PAD_D)
             v = tile(V_tile, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, True, DV, PAD_DV)
             grad = tile(G_tile, m[:, None], dv[None, :], stride_gm, stride_gd, left, True, DV, PAD_DV)
-            lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf")) * LOG2E
+            lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
             lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
             delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
             if UPCAST:
@@ -221,11 +220,10 @@ def selective_backward_votes(
         if SOFTCAP:
             t = bent(product, scale, softcap)
             dz = dz * (1 - t * t)
-        dz = dz.to(DVotes.dtype.element_ty)
+        dz = narrow(dz, DVotes, UPCAST)
         tl.store(DVotes + pair, dz, mask=inside)
-        dz = dz.to(tl.float32) if UPCAST else dz.to(own_q.dtype)
         dk += tl.dot(tl.trans(dz), own_q, input_precision=PRECISION)
 
     column = (b * S + cols)[:, None]
     tl.store(DSelected + column * D + d[None, :], dk, mask=(cols[:, None] < S) & (d[None, :] < D))
-    tl.store(DStrength + b * blocks + block, tl.sum(by_strength, 0) / LOG2E)
+    tl.store(DStrength + b * S + cols, by_strength / LOG2E, mask=cols < S)

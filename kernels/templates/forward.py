@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, scored, survives, tile
+from attnrewrite.kernels.templates.scores import LOG2E, narrow, scored, survives, tile
 
 
 @triton.jit
@@ -12,7 +12,7 @@ def attention_forward(
     K,  # [B, Hkv, S, D]
     V,  # [B, Hkv, S, Dv]
     Out,  # [B, H, L, Dv]
-    Lse,  # [B, H, L], natural logarithm
+    Lse,  # [B, H, L], in base 2
     QueryTau,  # [B, H, L]
     ValueTau,  # [B, Hkv, S]
     Mask,  # [B, H, L, S], any stride may be 0
@@ -101,7 +101,7 @@ def attention_forward(
     q = tile(Q, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
     if TEMPERATURES:
         tau = tl.load(QueryTau + bh.to(tl.int64) * L + rows, mask=rows < L, other=0.0).to(tl.float32)
-        q = (q.to(tl.float32) * tau[:, None]).to(Q.dtype.element_ty)
+        q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
     if UPCAST:
         q = q.to(tl.float32)
     if MASK != "none":
@@ -133,8 +133,9 @@ def attention_forward(
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS:
-        best += float("inf")
+    if SINKS:  # one more column, which has a weight and no value
+        best = tl.zeros([BLOCK_M], tl.float32) + tl.load(Sinks + h).to(tl.float32) * LOG2E
+        total += 1.0
     acc = tl.zeros([BLOCK_M, PAD_DV], tl.float32)
     for PART in tl.static_range(3):
         if PART == 1 or PART == 2 or WINDOW:
@@ -205,18 +206,16 @@ def attention_forward(
                 if TEMPERATURES:
                     rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)
                     p = p * rho.to(tl.float32)[None, :]
-                if UPCAST:
-                    acc += tl.dot(p.to(V.dtype.element_ty).to(tl.float32), v, input_precision=PRECISION)
-                else:
-                    acc = tl.dot(p.to(V.dtype.element_ty), v, acc, input_precision=PRECISION)
+                p = narrow(p, V, UPCAST)
+                acc = tl.dot(p, v, acc, input_precision=PRECISION)
                 best = higher
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = narrow(acc, Out, UPCAST)
     Out += b * stride_ob + h * stride_oh + first_row.to(tl.int64) * stride_om
     tl.store(
         Out + m[:, None] * stride_om + dv[None, :],
-        acc.to(Out.dtype.element_ty),
+        acc,
         mask=(i < L) & (dv[None, :] < DV),
     )
-    lse = (best + tl.log2(total)) / LOG2E
-    tl.store(Lse + bh.to(tl.int64) * L + rows, lse, mask=rows < L)
+    tl.store(Lse + bh.to(tl.int64) * L + rows, best + tl.log2(total), mask=rows < L)

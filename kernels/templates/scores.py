@@ -92,6 +92,21 @@ def tile(
 
 
 @triton.jit
+def narrow(x, like, UPCAST: tl.constexpr):
+    """Round float32 to the type of what ``like`` points to, as an operand of a product or to be stored.
+
+    The interpreter cuts bfloat16 off instead of rounding, and multiplies it wrongly: there the result stays float32.
+    """
+    if UPCAST:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000  # to the nearest, ties to even
+        x = bits.to(tl.float32, bitcast=True)
+    else:
+        x = x.to(like.dtype.element_ty)
+    return x
+
+
+@triton.jit
 def bent(s, scale, softcap):
     """Return tanh(scale s / softcap)."""
     power = tl.exp2(s * (scale / softcap * (2 * LOG2E)))

@@ -120,7 +120,8 @@ def selective_votes(
         may_vote = (i + offset != j) & (i < L) & free[None, :]
         votes = tl.where(may_vote & ((s > 0.0) | (s != s)), s, 0.0)  # NaN stays NaN
         penalty = received[None, :] + tl.dot(before, votes, input_precision=SUM_PRECISION)
-        penalty = tl.minimum(penalty, largest)
+        # 0 where nobody looks: backward writes in the place of the pairs that it visits, and reads all.
+        penalty = tl.where(s == float("-inf"), 0.0, tl.minimum(penalty, largest))
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)
