@@ -107,6 +107,11 @@ def _backward(
     else:
         who = _selection(call, selection_head, protect_first)
         found, by_gamma = selective_backward(call, who, out, lse, upstream)
+    if query_temperature is not None and value_temperature is not None:
+        assert found.query_temperature is not None
+        assert found.value_temperature is not None
+        found.query_temperature = found.query_temperature.to(query_temperature.dtype)
+        found.value_temperature = found.value_temperature.to(value_temperature.dtype)
     return [query.new_empty(0) if x is None else x for x in _ordered(found, attn_mask, by_gamma)]
 
 
@@ -114,7 +119,8 @@ def _backward(
 def _(upstream: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
     query, key, value, mask, *rest = inputs[:7]
     mask = mask if inputs[-1] else None
-    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in (query, key, value, mask, *rest)]
+    given = (query, key, value, mask, *rest)
+    return [query.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 
 def _call(
