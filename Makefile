@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv; the second run finds it there.
-#   make demo   make test   make test-all   make lint   make docs   make coverage   make conversions   make bench   make clean
+#   make demo   make test   make test-all   make lint   make docs   make resources   make coverage   make conversions   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint docs coverage conversions bench clean
+.PHONY: demo test test-all lint docs resources coverage conversions bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -34,6 +34,10 @@ lint: $(VENV)/ready
 docs: $(VENV)/ready
 	$(BIN)/python -m attnrewrite.render.diagnostics docs/diagnostics.md
 	$(BIN)/python benchmarks/variant_tables.py docs/variants.md
+
+# Some minutes: every kernel is compiled for every target.
+resources: $(VENV)/ready
+	$(BIN)/python benchmarks/kernel_resources.py docs/kernels.md
 
 # An hour: every family at every entry. VISION names a folder with timm and torchvision; without it their rows stay as
 # they are.

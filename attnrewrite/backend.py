@@ -16,6 +16,7 @@ from torch._dynamo.exc import RestartAnalysis
 
 from attnrewrite.errors import AttnRewriteError, AttnRewriteWarning
 from attnrewrite.inner import compile_inner, inductor_modes
+from attnrewrite.kernels.dense.choice import Kernels, no_device
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.passes.graph.assumptions import Assumption, Guarded, assumptions
 from attnrewrite.passes.graph.capture import from_dynamo
@@ -47,7 +48,7 @@ class Backend:
     targets: glob or globs on layer paths.
     exclude: glob or globs on layer paths to leave out.
     strict: whether a failure inside the passes is an error; otherwise the original graph runs, with one warning.
-    kernels: "auto" takes generated kernels where there are any; "reference" never does; "triton" insists on them.
+    kernels: "triton" runs generated kernels; "reference" and "auto" plain PyTorch.
     inner: the compiler for the rewritten graph.
     verify: whether every match is proved in float64 before it is used.
     report: a path for the report as JSON, or a function that is called with every graph's Report. Sites are drawn, as
@@ -56,14 +57,14 @@ class Backend:
     Raises:
         CaptureError: AR101 for an unknown field, AR102 for a wrong value.
         VariantError: AR301, AR302, AR303 for a wrong variant or config, AR304 for one that needs ``convert``.
-        LoweringError: AR403 where ``kernels="triton"`` and there is no generated kernel.
+        LoweringError: AR403 where ``kernels="triton"`` and there is no GPU, or no generated kernel.
     """
 
     variant: str | VariantConfig | Mapping[str, Any] = "sdpa"
     targets: str | Sequence[str] = "*"
     exclude: str | Sequence[str] = ()
     strict: bool = False
-    kernels: Literal["auto", "triton", "reference"] = "auto"
+    kernels: Kernels = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     verify: bool = True
     report: str | Path | Callable[[Report], None] | None = None
@@ -92,8 +93,9 @@ class Backend:
         object.__setattr__(self, "variant", resolve(self.variant))
         for name in ("targets", "exclude"):
             object.__setattr__(self, name, globs(getattr(self, name)))
-        if self.kernels == "triton":
-            raise error("AR403", f"{self.config.variant} has no generated kernel yet")
+        missing = no_device() if self.kernels == "triton" else None
+        if missing:
+            raise error("AR403", missing)
         if self.config.adds_parameters:
             does = "replaces projections in" if self.config.swaps_modules else "adds parameters to"
             raise error(
@@ -153,7 +155,7 @@ class Backend:
         config = self.config.to_dict()
         name = config.pop("variant")
         plan = Plan(name, config, tuple(self.targets), tuple(self.exclude))
-        return Pipeline(plan, self.verify, draw=self.report is not None, prover=_PROVER)
+        return Pipeline(plan, self.verify, self.report is not None, prover=_PROVER, kernels=self.kernels)
 
     def _must_raise(self, gm: fx.GraphModule) -> bool:
         """Whether running the original graph would change what the user asked for."""

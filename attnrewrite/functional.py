@@ -1,5 +1,6 @@
 """The attentions as plain functions, with the argument names and layout of torch's own."""
 
+from attnrewrite.kernels.dense.choice import kernels
 from attnrewrite.kernels.routing.op import routing_attention
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.sea.op import sea_attention
@@ -13,6 +14,7 @@ from attnrewrite.kernels.symmetric.reference import pairwise_query
 __all__ = [
     "SelectionState",
     "attention",
+    "kernels",
     "pairwise_query",
     "routing_attention",
     "sea_attention",

@@ -24,9 +24,9 @@ class EnterHook:
     """Forward pre-hook of a converted layer: passes the layer's input and new state through the marker op.
 
     ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
-    and ``details`` what the replacement is; ``distance`` is that of the whole model when it was converted. ``added`` is,
-    while the layer runs, what its output gets added. A plain object without handles, so that a converted model can be
-    copied and pickled.
+    and ``details`` what the replacement is; ``distance`` is that of the whole model when it was converted. ``added``
+    is, while the layer runs, what its output gets added. A plain object without handles, so that a converted model
+    can be copied and pickled.
     """
 
     layer: str

@@ -376,8 +376,9 @@ _ALL = [
     Diagnostic(
         "AR403",
         "no generated kernel",
-        "kernels='triton' was asked for, but this variant has no generated kernel for this device.",
-        "use kernels='auto' or kernels='reference'",
+        "kernels='triton' was asked for, but there is no generated kernel for this variant, these tensors or this "
+        "device.",
+        "use kernels='auto', which takes kernels where there are any; TRITON_INTERPRET=1 runs them without a GPU",
     ),
     Diagnostic(
         "AR404",
@@ -385,6 +386,13 @@ _ALL = [
         "The model calls fused attention itself, and its masks and heads leave nothing to improve; the call stays.",
         "nothing to do",
         nearest="the call as it stands: scaled_dot_product_attention",
+    ),
+    Diagnostic(
+        "AR405",
+        "kernel does not fit the device",
+        "A generated kernel could be compiled or launched in none of its configurations: each needs more shared memory "
+        "or registers than the device has, or triton's compiler failed.",
+        "use kernels='reference', and please report the message with the device's name",
     ),
     # AR6xx: saving and loading
     Diagnostic(

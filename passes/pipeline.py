@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
+from attnrewrite.kernels.dense.choice import Kernels, kernels
 from attnrewrite.kernels.diagnostics import DIAGNOSTICS, AttnRewriteError, error
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.graph.capture import Capture
@@ -35,7 +36,8 @@ LEFT_AS_IT_IS = ("AR401", "AR404")
 class Pipeline:
     """Runs the passes over captured graphs. ``verify`` proves every site before anything is done with it.
 
-    ``draw`` puts drawings into the report; ``parameters`` makes what a conversion of a site would add, for them.
+    ``kernels`` chooses what variants run on. ``draw`` puts drawings into the report; ``parameters`` makes what a
+    conversion of a site would add, for them.
     """
 
     plan: Plan = field(default_factory=Plan)
@@ -43,6 +45,7 @@ class Pipeline:
     draw: bool = False
     parameters: Callable[[Attention], Mapping[str, torch.Tensor]] | None = None
     prover: Prover = field(default_factory=Prover)
+    kernels: Kernels = "auto"
     lowering: Lowering = field(default_factory=Lowering)
 
     def inspect(self, capture: Capture) -> tuple[Report, Found]:
@@ -86,7 +89,8 @@ class Pipeline:
                 if request is None:
                     row.status = "skipped" if row.status == "matched" else row.status
                 elif row.status == "matched":
-                    self._apply(site, row, request, report)
+                    with kernels(self.kernels):
+                        self._apply(site, row, request, report)
                 else:
                     row.variant = request.variant
         self._check_applied(report, markers, found)
@@ -138,9 +142,10 @@ class Pipeline:
             return
         if self.draw:
             row.after = self._after(site, request, report)
-        self.lowering.replace(site, rule, request)
+        row.implementation = self.lowering.replace(site, rule, request)
         row.status = "rewritten"
-        row.implementation = "fused" if request.variant == "sdpa" else "reference"
+        if self.kernels == "triton" and row.implementation != "triton":
+            raise error("AR403", f"{request.variant} has no generated kernel", layer=row.layer)
 
     def _sketch(self, site: Attention, row: Site, request: Request, report: Report) -> None:
         """Draw what the variant would make of the site; nothing is rewritten."""

@@ -77,7 +77,9 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
         for name, held in self.state.items():
             gone = held.new_full((held.shape[0], self._missing(), *held.shape[2:]), torch.inf if name == "votes" else 0)
             self.state[name] = torch.cat((gone, held), 1)
-        return {**super().extend(fresh), "budget": self.limit}
+        grown = super().extend(fresh)
+        self.summed = tuple(summed)  # nothing is held of drafts: what they evicted is gone
+        return {**grown, "budget": self.limit}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens. Raises VariantError AR323 where the layer that calls is not converted."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.visibility import (
     accumulation_dtype,
     additive,
@@ -55,6 +56,21 @@ def attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
+    if generated(query, value):
+        from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
+
+        check_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            enable_gqa=enable_gqa,
+            window=window,
+            softcap=softcap,
+        )
+        return dense_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window, softcap)
     if softcap is not None:
         return eager_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap)
     check_attention(

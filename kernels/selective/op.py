@@ -9,6 +9,7 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
+from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.selective import reference
 from attnrewrite.kernels.selective.backward import gradients
 from attnrewrite.kernels.selective.ballot import Ballot, attend, selector
@@ -35,13 +36,31 @@ def selective_attention(
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``reference.selective_attention`` in strips, with a closed-form backward."""
+    """Compute ``reference.selective_attention`` on generated kernels, or in strips; with a closed-form backward."""
     check_selective(
         query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, window, selection_head, gamma, softcap
     )
     check_selector(query, key, vote_query, vote_key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     strength = gamma if isinstance(gamma, Tensor) else query.new_full((), gamma, dtype=accumulation_dtype(query.dtype))
+    bias = "its bias needs a gradient" if attn_mask is not None and attn_mask.requires_grad else None
+    if generated(query, value, bias, None if vote_query is None else "its votes are those of a selector"):
+        from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
+
+        return dense_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            factor,
+            window,
+            softcap,
+            gamma=strength,
+            selection_head=selection_head,
+            protect_first=protect_first,
+        )
     seed = strips.draw_seed(query, dropout_p)
     numbers = (factor, dropout_p, is_causal, window, softcap, selection_head, protect_first)
     out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers, vote_query, vote_key)

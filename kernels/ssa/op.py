@@ -13,6 +13,7 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
+from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.ssa import reference
 from attnrewrite.kernels.ssa.reference import check_ssa, scaled
 from attnrewrite.kernels.visibility import full_precision
@@ -32,7 +33,7 @@ def ssa_attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Compute ``reference.ssa_attention`` in strips, with a closed-form backward."""
+    """Compute ``reference.ssa_attention`` on generated kernels, or in strips; with a closed-form backward."""
     check_ssa(
         query,
         key,
@@ -46,6 +47,22 @@ def ssa_attention(
         window=window,
         softcap=softcap,
     )
+    if generated(query, value):
+        from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
+
+        return dense_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            window,
+            softcap,
+            query_temperature=query_temperature,
+            value_temperature=value_temperature,
+        )
     numbers = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal, window, softcap)
     seed = strips.draw_seed(query, dropout_p)
     out: Tensor = _forward(query, key, value, query_temperature, value_temperature, attn_mask, seed, *numbers)

@@ -15,6 +15,8 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
+from attnrewrite.kernels.dense.choice import generated
+from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.symmetric import reference
 from attnrewrite.kernels.symmetric.reference import check_symmetric, pairwise_query
 from attnrewrite.kernels.visibility import full_precision
@@ -34,9 +36,12 @@ def symmetric_attention(
     softcap: float | None = None,
     mask_self: bool = False,
 ) -> Tensor:
-    """Compute ``reference.symmetric_attention`` in strips, with a closed-form backward."""
+    """Compute ``reference.symmetric_attention`` on generated kernels, or in strips; with a closed-form backward."""
     check_symmetric(shared, value, pair, attn_mask, dropout_p, is_causal, enable_gqa, window=window, softcap=softcap)
     factor = shared.shape[-1] ** -0.5 if scale is None else scale
+    if not mask_self and generated(shared, value):
+        query = shared if pair is None else pairwise_query(shared, pair)
+        return attention(query, shared, value, attn_mask, dropout_p, is_causal, factor, enable_gqa, window, softcap)
     seed = strips.draw_seed(shared, dropout_p)
     out: Tensor = _forward(
         shared, value, pair, attn_mask, seed, factor, dropout_p, is_causal, window, softcap, mask_self

@@ -38,8 +38,8 @@ class Lowering:
             self.memo[key] = _traced(site, rule, request, extra, nodes)
         return self.memo[key], nodes
 
-    def replace(self, site: Attention, rule: Rule, request: Request) -> None:
-        """Rewrite ``site`` in its graph."""
+    def replace(self, site: Attention, rule: Rule, request: Request) -> str:
+        """Rewrite ``site`` in its graph; return what it runs on: "triton", "fused" or "reference"."""
         traced, nodes = self.traced(site, rule, request)
         graph = site.output.graph
         with graph.inserting_before(site.output):
@@ -48,6 +48,7 @@ class Lowering:
         _stamp(site, out, set(nodes), rule.variant)
         site.output.replace_all_uses_with(out)
         _erase(site)
+        return _implementation(traced, request)
 
 
 def _traced(
@@ -98,6 +99,12 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
             ),
         )
     )
+
+
+def _implementation(traced: fx.GraphModule, request: Request) -> str:
+    if any(op(node) == "attnrewrite::dense_attention" for node in traced.graph.nodes):
+        return "triton"
+    return "fused" if request.variant == "sdpa" else "reference"
 
 
 def _trace(function: object, values: list[object]) -> fx.GraphModule:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors
@@ -36,11 +37,14 @@ class SSARule:
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return SSA with the request's options."""
+        from attnrewrite.kernels.ssa import op  # defines an operator, which takes its time
 
         def ssa(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
             mask, is_causal = mask_arguments(t, q.dtype)
-            return ssa_attention(
+            # Off the kernels, scaled operands for torch's fused operator are faster than an operator of our own.
+            attend = op.ssa_attention if generated(q, v) else ssa_attention
+            return attend(
                 q,
                 k,
                 v,

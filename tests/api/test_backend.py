@@ -223,7 +223,6 @@ def test_selective_by_json_and_with_inductor() -> None:
         ({"variant": {"variant": "selective", "mode": "rwa"}}, "AR303", "did you mean 'raw'"),
         ({"variant": "ssa"}, "AR304", "convert"),
         ({"variant": "selective"}, "AR304", "mode='raw'"),
-        ({"kernels": "triton"}, "AR403", "no generated kernel"),
     ],
 )
 def test_wrong_options_are_errors_that_say_what_is_right(fields: dict[str, Any], code: str, text: str) -> None:

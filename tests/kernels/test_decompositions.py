@@ -28,7 +28,7 @@ NO_PART_OF_INFERENCE = (
     *("attnrewrite::enter", "_backward", "routing_learn", "selective_decode", "sea_decode", "selective_memory"),
     "dense_attention",
 )
-"""Markers, gradients, centroids that follow the data, a loss, decoding with a cache, and kernels: no program holds these."""
+"""Markers, gradients, centroids that follow the data, a loss, decoding with a cache, and kernels: not in a program."""
 VISIBLE = [(True, None), (True, 3), (False, None)]
 
 

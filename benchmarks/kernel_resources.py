@@ -1,0 +1,81 @@
+"""The table in docs/kernels.md: ``python benchmarks/kernel_resources.py docs/kernels.md`` writes it anew.
+
+Every kernel is compiled for every target in its first configuration; no GPU is needed. Triton must not interpret.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+
+from attnrewrite.kernels.dense.catalogue import KERNELS, VARIANTS, flags, kernel
+from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.signature import constants, types
+from attnrewrite.kernels.generation.resources import Resources, compiled
+
+BEGIN, END = "<!-- Made by `make resources`: begin -->", "<!-- Made by `make resources`: end -->"
+TARGETS = ("sm_80", "sm_90", "sm_100")
+WIDTHS = (64, 128, 256)
+
+
+class Case(NamedTuple):
+    """One compilation: bfloat16, causal, heads of ``width`` features."""
+
+    name: str
+    variant: str
+    width: int
+    target: str
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel for every target, and the forward pass for an AMD one."""
+    for width in WIDTHS:
+        for name in KERNELS:
+            own = ("selective",) if "votes" in name else ("sdpa",) if name == "delta" else ("sdpa", "ssa", "selective")
+            for variant in own:
+                yield from (Case(name, variant, width, target) for target in TARGETS)
+        yield Case("forward", "sdpa", width, "gfx942")
+
+
+def measured(case: Case) -> tuple[Config, Resources]:
+    """Compile one case."""
+    made = kernel(case.name, flags(case.width, case.width, {"CAUSAL": True, **VARIANTS[case.variant]}))
+    config = configs(case.name, case.width, 16)[0]
+    values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
+    used = compiled(made, types(made, "bf16"), values, case.target, warps=config.warps, stages=config.stages)
+    return config, used
+
+
+def row(case: Case, config: Config, used: Resources) -> str:
+    """Return a line of the table."""
+    tile = f"{config.block_m} x {config.block_n}, {config.warps}, {config.stages}"
+    facts = (used.registers, used.spills, f"{used.shared / 1024:.0f}", used.matrix)
+    return "| " + " | ".join(map(str, (case.name, case.variant, case.width, case.target, tile, *facts))) + " |"
+
+
+HEAD = (
+    "| kernel | variant | features | target | tile, warps, stages | registers | spills | shared, KiB | products |",
+    "| --- | --- | ---: | --- | --- | ---: | ---: | ---: | --- |",
+)
+
+
+@click.command()
+@click.argument("page", type=click.Path(path_type=Path, exists=True))
+def main(page: Path) -> None:
+    """Compile everything, and put the table into PAGE."""
+    import triton
+
+    lines = [f"Triton {triton.__version__}, bfloat16, causal.", "", *HEAD]
+    with click.progressbar(list(cases()), label="compiling") as shown:
+        lines += [row(case, *measured(case)) for case in shown]
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text("\n".join([before + BEGIN, "", *lines, "", END]) + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

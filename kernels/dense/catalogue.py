@@ -1,0 +1,76 @@
+"""The kernels of the dense family by name, and the flags that they are specialised for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from attnrewrite.kernels.generation.emit import Emitted, Flag, emit, flags_of
+
+
+class Template(NamedTuple):
+    """A function of a module in ``kernels/templates``."""
+
+    module: str
+    function: str
+
+
+KERNELS = {
+    "forward": Template("forward", "attention_forward"),
+    "delta": Template("delta", "attention_delta"),
+    "backward_keys": Template("backward_keys", "attention_backward_keys"),
+    "backward_queries": Template("backward_queries", "attention_backward_queries"),
+    "votes": Template("votes", "selective_votes"),
+    "backward_votes": Template("backward_votes", "selective_backward_votes"),
+}
+"""Plain attention, SSA and symmetric attention use the first four, selective attention all."""
+
+VARIANTS: dict[str, dict[str, Flag]] = {
+    "sdpa": {},
+    "ssa": {"TEMPERATURES": True},
+    "symmetric": {},
+    "selective": {"PENALTY": True},
+}
+"""What each variant sets."""
+
+_OFF: dict[str, Flag] = {
+    "GROUP": 1,
+    "CAUSAL": False,
+    "WINDOW": False,
+    "MASK": "none",
+    "SOFTCAP": False,
+    "ALIBI": False,
+    "SINKS": False,
+    "DROPOUT": False,
+    "PENALTY": False,
+    "TEMPERATURES": False,
+    "DESCRIPTORS": False,
+    "BIAS_GRADIENT": False,
+    "CONTINUED": False,
+    "PRECISION": "ieee",
+    "SUM_PRECISION": "tf32",
+    "UPCAST": False,
+}
+
+
+def flags(D: int, Dv: int, settings: Mapping[str, Flag]) -> dict[str, Flag]:
+    """Return every flag of the family: those in ``settings``, else off.
+
+    Raises ValueError for a setting that is no flag.
+    """
+    unknown = sorted(set(settings) - set(_OFF))
+    if unknown:
+        raise ValueError(f"there is no flag {unknown[0]!r}; flags are {', '.join(_OFF)}")
+    return {"D": D, "DV": Dv, "PAD_D": padded(D), "PAD_DV": padded(Dv), **_OFF, **settings}
+
+
+def kernel(name: str, given: Mapping[str, Flag]) -> Emitted:
+    """Return kernel ``name`` for the flags in ``given``, of which it takes its own."""
+    template = KERNELS[name]
+    return emit(*template, {flag: given[flag] for flag in flags_of(*template)})
+
+
+def padded(features: int) -> int:
+    """Return the power of two, at least 16, that a tile needs to hold so many features."""
+    return max(16, 1 << math.ceil(math.log2(max(features, 1))))

@@ -1,0 +1,40 @@
+"""How kernels are cut into programs and compiled, before anything was tuned."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """Rows and keys per tile, warps per program, and stages of software pipelining."""
+
+    block_m: int
+    block_n: int
+    warps: int = 4
+    stages: int = 2
+
+
+_SMALLEST = Config(16, 16, 4, 1)
+_NARROW, _MIDDLE = 64, 128
+_WIDTHS: dict[str, tuple[Config, Config, Config]] = {
+    "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+    "delta": (Config(128, 16), Config(128, 16), Config(64, 16)),
+    "backward_keys": (Config(64, 128, 8, 3), Config(64, 64, 8, 2), Config(32, 64, 8, 1)),
+    "backward_queries": (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+    "votes": (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
+    "backward_votes": (Config(32, 64, 4, 1), Config(32, 64, 8, 1), Config(16, 32, 8, 1)),
+}
+"""For heads of up to 64, 128 and 256 features in 16 bit: none of these spills registers on sm_90."""
+
+
+def configs(name: str, widest: int, bits: int) -> list[Config]:
+    """Return what to try for kernel ``name``, the next one where the device cannot run or compile the one before.
+
+    widest: the larger of the two padded numbers of features.
+    bits: of an element; tiles of 32-bit numbers are half as large.
+    """
+    first = _WIDTHS[name][0 if widest <= _NARROW else 1 if widest <= _MIDDLE else 2]
+    if bits == 32:
+        first = Config(max(16, first.block_m // 2), max(16, first.block_n // 2), 4, 1)
+    halved = Config(max(16, first.block_m // 2), max(16, first.block_n // 2), 4, 1)
+    return list(dict.fromkeys((first, first._replace(stages=1), halved, _SMALLEST)))

@@ -1,0 +1,84 @@
+"""Compile an emitted kernel for a GPU that need not be there, and read off what it uses."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnrewrite.kernels.generation.emit import Emitted
+from attnrewrite.kernels.generation.loading import load
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel uses. ``spills``: instructions that store registers to local memory."""
+
+    registers: int
+    spills: int
+    shared: int
+    """Bytes of shared memory."""
+    matrix: str
+    """The widest matrix instruction: HMMA, HGMMA, UTCHMMA (NVIDIA), MFMA (AMD), or empty."""
+
+
+def compiled(
+    kernel: Emitted, types: Mapping[str, str], values: Mapping[str, int], target: str, *, warps: int, stages: int
+) -> Resources:
+    """Compile ``kernel`` for ``target`` ("sm_90", "gfx942").
+
+    Args:
+        kernel: what is compiled.
+        types: a triton type of each parameter, such as ``"*bf16"`` or ``"i32"``; pointers are taken to be aligned to 16
+            bytes, and parameters of type ``"i32:16"`` to be multiples of 16.
+        values: the constexpr parameters, and strides that are 1.
+        target: the chip.
+        warps: per program.
+        stages: of software pipelining.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in values else types[name].split(":")[0] for name in kernel.parameters}
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(kernel.parameters)
+        if name not in values and (types[name].startswith("*") or types[name].endswith(":16"))
+    }
+    constants = {name: values[name] for name in kernel.parameters if name in values}
+    source = ASTSource(load(kernel), signature, constants, aligned)
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    result = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
+    return _nvidia(result) if target.startswith("sm_") else _amd(result)
+
+
+def _nvidia(result: Any) -> Resources:
+    from triton.backends import nvidia
+
+    tools = Path(nvidia.__path__[0]) / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        text = _output(tools / "nvdisasm", file.name)
+    registers = re.search(r"REG:(\d+)", usage)
+    found = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", text)]
+    spills = len(re.findall(r"\bSTL\b", text))
+    return Resources(int(registers[1]) if registers else 0, spills, result.metadata.shared, found[0] if found else "")
+
+
+def _amd(result: Any) -> Resources:
+    text = result.asm["amdgcn"]
+    count = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    spilled = re.search(r"\.vgpr_spill_count:\s*(\d+)", text)
+    matrix = "MFMA" if "v_mfma" in text else ""
+    return Resources(int(count[1]) if count else 0, int(spilled[1]) if spilled else 0, result.metadata.shared, matrix)
+
+
+def _output(*command: object) -> str:
+    return subprocess.run([str(x) for x in command], capture_output=True, text=True, check=True).stdout

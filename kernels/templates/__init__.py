@@ -1,0 +1,1 @@
+"""Triton templates: readable kernels with constexpr flags, of which ``generation/`` makes specialised files."""

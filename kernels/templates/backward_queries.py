@@ -1,0 +1,213 @@
+"""Backward pass of the dense family, by queries: one program per block of rows, over all keys that it sees."""
+
+import triton
+import triton.language as tl
+
+from attnrewrite.kernels.templates.scores import LOG2E, bent, narrow, scored, survives, tile
+
+
+@triton.jit
+def attention_backward_queries(
+    Q,  # [B, H, L, D]
+    K,  # [B, Hkv, S, D]
+    V,  # [B, Hkv, S, Dv]
+    DOut,  # [B, H, L, Dv]
+    Lse,  # [B, H, L], in base 2
+    Delta,  # [B, H, L], sum of out * dout over features
+    DQuery,  # [B, H, L, D]
+    DQueryTau,  # [B, H, L]
+    DBias,  # [B, H, L, S]
+    QueryTau,  # [B, H, L]
+    ValueTau,  # [B, Hkv, S]
+    Mask,  # [B, H, L, S], any stride may be 0
+    Penalty,  # [B, L, S], times log2(e)
+    Strength,  # of the penalty, one number
+    Slopes,  # [H]
+    Seed,  # one int64
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_gb,  # of dout
+    stride_gh,
+    stride_gm,
+    stride_gd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_pb,
+    stride_pm,
+    B,
+    H,
+    L,
+    S,
+    offset,  # query i stands at position i + offset among the keys
+    window,
+    scale,
+    softcap,
+    threshold,  # of dropout: p * 2**32
+    kept,  # of dropout: 1 / (1 - p)
+    GROUP: tl.constexpr,  # H / Hkv
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAD_D: tl.constexpr,  # powers of two, 16 at least
+    PAD_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "keys" (one row for all queries), "pairs", "bias"
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PENALTY: tl.constexpr,
+    TEMPERATURES: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write dq, and the gradients by the query temperatures and the bias."""
+    ADDED: tl.constexpr = SOFTCAP or ALIBI or PENALTY or MASK == "bias"
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(L, BLOCK_M)
+    if PENALTY:
+        # Heads side by side: they share a tile of the penalty, which then comes from the L2 cache.
+        bh = pid % (B * H)
+        block = pid // (B * H)
+    else:
+        bh = pid // blocks
+        block = pid % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the rows that see most keys start first
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    hk = h // GROUP
+    first_row = block * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, PAD_D)
+    dv = tl.arange(0, PAD_DV)
+    rows = first_row + m
+    i = rows[:, None]
+    row_of = bh.to(tl.int64) * L
+    Q += b * stride_qb + h * stride_qh + first_row.to(tl.int64) * stride_qm
+    DOut += b * stride_gb + h * stride_gh + first_row.to(tl.int64) * stride_gm
+    K += b * stride_kb + hk * stride_kh
+    V += b * stride_vb + hk * stride_vh
+    q = tile(Q, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
+    grad = tile(DOut, m[:, None], dv[None, :], stride_gm, stride_gd, L - first_row, True, DV, PAD_DV)
+    lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
+    delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
+    if TEMPERATURES:
+        bare = q.to(tl.float32)
+        tau = tl.load(QueryTau + row_of + rows, mask=rows < L, other=0.0).to(tl.float32)
+        q = narrow(bare * tau[:, None], Q, UPCAST)
+    if UPCAST:
+        q = q.to(tl.float32)
+        grad = grad.to(tl.float32)
+    if MASK != "none":
+        Mask += b * stride_mb + h * stride_mh
+    strength = 0.0
+    if PENALTY:
+        Penalty += b * stride_pb
+        strength = tl.load(Strength).to(tl.float32)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(Slopes + h).to(tl.float32)
+    # Keys [low, high) are seen by some row of the block, [all_low, all_high) by every row.
+    low = 0
+    high = S
+    all_low = 0
+    all_high = S // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.minimum(S, tl.maximum(0, first_row + BLOCK_M + offset))
+        all_high = tl.minimum(all_high, tl.maximum(0, first_row + offset + 1) // BLOCK_N * BLOCK_N)
+    if WINDOW:
+        low = tl.maximum(0, first_row + offset - window + 1) // BLOCK_N * BLOCK_N
+        all_low = tl.cdiv(tl.maximum(0, first_row + BLOCK_M + offset - window), BLOCK_N) * BLOCK_N
+        all_low = tl.minimum(all_low, tl.maximum(low, tl.cdiv(high, BLOCK_N) * BLOCK_N))
+        all_high = tl.maximum(all_low, all_high)
+
+    dq = tl.zeros([BLOCK_M, PAD_D], tl.float32)
+    for PART in tl.static_range(3):
+        if PART == 1 or PART == 2 or WINDOW:
+            if PART == 0:  # the edge of the window
+                start = low
+                stop = all_low
+            elif PART == 1:  # no position hides anything
+                start = all_low
+                stop = all_high
+            else:  # the diagonal, and the end of the sequence
+                start = all_high
+                stop = high
+            for first in tl.range(start, stop, BLOCK_N):
+                cols = first + n
+                j = cols[None, :]
+                place = tl.cast(first, tl.int64)
+                K_tile = K + place * stride_kn
+                V_tile = V + place * stride_vn
+                k = tile(K_tile, n[:, None], d[None, :], stride_kn, stride_kd, S - first, PART != 1, D, PAD_D)
+                v = tile(V_tile, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, PART != 1, DV, PAD_DV)
+                if UPCAST:
+                    k = k.to(tl.float32)
+                    v = v.to(tl.float32)
+                product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s = product
+                s = scored(
+                    s,
+                    i,
+                    j,
+                    L,
+                    S,
+                    offset,
+                    window,
+                    scale,
+                    softcap,
+                    slope,
+                    Mask,
+                    stride_mm,
+                    stride_mn,
+                    Penalty,
+                    stride_pm,
+                    strength,
+                    PART != 1,
+                    CAUSAL,
+                    WINDOW,
+                    MASK,
+                    SOFTCAP,
+                    ALIBI,
+                    PENALTY,
+                )
+                p = tl.exp2(s - lse[:, None]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[:, None])
+                dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+                if TEMPERATURES:
+                    rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)
+                    dp = dp * rho.to(tl.float32)[None, :]
+                if DROPOUT:
+                    alive = survives(i, j, bh, Seed, threshold)
+                    dp = tl.where(alive, dp * kept, 0.0)
+                ds = p * (dp - delta[:, None])
+                if BIAS_GRADIENT:
+                    tl.store(DBias + (row_of + i) * S + j, ds, mask=(i < L) & (j < S))
+                if SOFTCAP:
+                    t = bent(product, scale, softcap)
+                    ds = ds * (1 - t * t)
+                ds = narrow(ds, K, UPCAST)
+                dq += tl.dot(ds, k, input_precision=PRECISION)
+
+    dq = dq * scale
+    if TEMPERATURES:
+        tl.store(DQueryTau + row_of + rows, tl.sum(dq * bare, 1), mask=rows < L)
+        dq = dq * tau[:, None]
+    dq = narrow(dq, DQuery, UPCAST)
+    tl.store(DQuery + (row_of + i) * D + d[None, :], dq, mask=(i < L) & (d[None, :] < D))

@@ -1,0 +1,221 @@
+"""Forward pass of the dense family: online softmax over blocks of keys."""
+
+import triton
+import triton.language as tl
+
+from attnrewrite.kernels.templates.scores import LOG2E, narrow, scored, survives, tile
+
+
+@triton.jit
+def attention_forward(
+    Q,  # [B, H, L, D]
+    K,  # [B, Hkv, S, D]
+    V,  # [B, Hkv, S, Dv]
+    Out,  # [B, H, L, Dv]
+    Lse,  # [B, H, L], in base 2
+    QueryTau,  # [B, H, L]
+    ValueTau,  # [B, Hkv, S]
+    Mask,  # [B, H, L, S], any stride may be 0
+    Penalty,  # [B, L, S], times log2(e)
+    Strength,  # of the penalty, one number
+    Sinks,  # [H]
+    Slopes,  # [H]
+    Seed,  # one int64
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_pb,
+    stride_pm,
+    B,
+    H,
+    L,
+    S,
+    offset,  # query i stands at position i + offset among the keys
+    window,
+    scale,
+    softcap,
+    threshold,  # of dropout: p * 2**32
+    kept,  # of dropout: 1 / (1 - p)
+    GROUP: tl.constexpr,  # H / Hkv
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PAD_D: tl.constexpr,  # powers of two, 16 at least
+    PAD_DV: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    MASK: tl.constexpr,  # "none", "keys" (one row for all queries), "pairs", "bias"
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SINKS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    PENALTY: tl.constexpr,
+    TEMPERATURES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write out = softmax(logits) v and the log-sum-exp of each row."""
+    ADDED: tl.constexpr = SOFTCAP or ALIBI or PENALTY or MASK == "bias"
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(L, BLOCK_M)
+    if PENALTY:
+        # Heads side by side: they share a tile of the penalty, which then comes from the L2 cache.
+        bh = pid % (B * H)
+        block = pid // (B * H)
+    else:
+        bh = pid // blocks
+        block = pid % blocks
+    if CAUSAL:
+        block = blocks - 1 - block  # the rows that see most keys start first
+    b = (bh // H).to(tl.int64)
+    h = (bh % H).to(tl.int64)
+    hk = h // GROUP
+    first_row = block * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, PAD_D)
+    dv = tl.arange(0, PAD_DV)
+    rows = first_row + m
+    i = rows[:, None]
+    Q += b * stride_qb + h * stride_qh + first_row.to(tl.int64) * stride_qm
+    K += b * stride_kb + hk * stride_kh
+    V += b * stride_vb + hk * stride_vh
+    q = tile(Q, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
+    if TEMPERATURES:
+        tau = tl.load(QueryTau + bh.to(tl.int64) * L + rows, mask=rows < L, other=0.0).to(tl.float32)
+        q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
+    if UPCAST:
+        q = q.to(tl.float32)
+    if MASK != "none":
+        Mask += b * stride_mb + h * stride_mh
+    strength = 0.0
+    if PENALTY:
+        Penalty += b * stride_pb
+        strength = tl.load(Strength).to(tl.float32)
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(Slopes + h).to(tl.float32)
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(K, [S, D], [stride_kn, 1], [BLOCK_N, PAD_D])
+        values = tl.make_tensor_descriptor(V, [S, DV], [stride_vn, 1], [BLOCK_N, PAD_DV])
+
+    # Keys [low, high) are seen by some row of the block, [all_low, all_high) by every row.
+    low = 0
+    high = S
+    all_low = 0
+    all_high = S // BLOCK_N * BLOCK_N
+    if CAUSAL:
+        high = tl.minimum(S, tl.maximum(0, first_row + BLOCK_M + offset))
+        all_high = tl.minimum(all_high, tl.maximum(0, first_row + offset + 1) // BLOCK_N * BLOCK_N)
+    if WINDOW:
+        low = tl.maximum(0, first_row + offset - window + 1) // BLOCK_N * BLOCK_N
+        all_low = tl.cdiv(tl.maximum(0, first_row + BLOCK_M + offset - window), BLOCK_N) * BLOCK_N
+        all_low = tl.minimum(all_low, tl.maximum(low, tl.cdiv(high, BLOCK_N) * BLOCK_N))
+        all_high = tl.maximum(all_low, all_high)
+
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:  # one more column, which has a weight and no value
+        best = tl.zeros([BLOCK_M], tl.float32) + tl.load(Sinks + h).to(tl.float32) * LOG2E
+        total += 1.0
+    acc = tl.zeros([BLOCK_M, PAD_DV], tl.float32)
+    for PART in tl.static_range(3):
+        if PART == 1 or PART == 2 or WINDOW:
+            if PART == 0:  # the edge of the window
+                start = low
+                stop = all_low
+            elif PART == 1:  # no position hides anything
+                start = all_low
+                stop = all_high
+            else:  # the diagonal, and the end of the sequence
+                start = all_high
+                stop = high
+            for first in tl.range(start, stop, BLOCK_N):
+                cols = first + n
+                j = cols[None, :]
+                if DESCRIPTORS:
+                    k = keys.load([first, 0])
+                    v = values.load([first, 0])
+                else:
+                    place = tl.cast(first, tl.int64)
+                    K_tile = K + place * stride_kn
+                    V_tile = V + place * stride_vn
+                    k = tile(K_tile, n[:, None], d[None, :], stride_kn, stride_kd, S - first, PART != 1, D, PAD_D)
+                    v = tile(V_tile, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, PART != 1, DV, PAD_DV)
+                if UPCAST:
+                    k = k.to(tl.float32)
+                    v = v.to(tl.float32)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s = scored(
+                    s,
+                    i,
+                    j,
+                    L,
+                    S,
+                    offset,
+                    window,
+                    scale,
+                    softcap,
+                    slope,
+                    Mask,
+                    stride_mm,
+                    stride_mn,
+                    Penalty,
+                    stride_pm,
+                    strength,
+                    PART != 1,
+                    CAUSAL,
+                    WINDOW,
+                    MASK,
+                    SOFTCAP,
+                    ALIBI,
+                    PENALTY,
+                )
+                if ADDED:
+                    higher = tl.maximum(best, tl.max(s, 1))
+                    shift = tl.where(higher == float("-inf"), 0.0, higher)
+                    p = tl.exp2(s - shift[:, None])
+                else:
+                    higher = tl.maximum(best, tl.max(s, 1) * (scale * LOG2E))
+                    shift = tl.where(higher == float("-inf"), 0.0, higher)
+                    p = tl.exp2(s * (scale * LOG2E) - shift[:, None])
+                shrunk = tl.exp2(best - shift)
+                total = total * shrunk + tl.sum(p, 1)
+                acc = acc * shrunk[:, None]
+                if DROPOUT:
+                    alive = survives(i, j, bh, Seed, threshold)
+                    p = tl.where(alive, p * kept, 0.0)
+                if TEMPERATURES:
+                    rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)
+                    p = p * rho.to(tl.float32)[None, :]
+                p = narrow(p, V, UPCAST)
+                acc = tl.dot(p, v, acc, input_precision=PRECISION)
+                best = higher
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = narrow(acc, Out, UPCAST)
+    Out += b * stride_ob + h * stride_oh + first_row.to(tl.int64) * stride_om
+    tl.store(
+        Out + m[:, None] * stride_om + dv[None, :],
+        acc,
+        mask=(i < L) & (dv[None, :] < DV),
+    )
+    tl.store(Lse + bh.to(tl.int64) * L + rows, best + tl.log2(total), mask=rows < L)

@@ -1,0 +1,85 @@
+"""``kernels="triton"``: converted models on generated kernels, here in triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import llama
+from torch._dynamo.exc import BackendCompilerFailed
+
+from attnrewrite import (
+    AttnRewriteError,
+    RoutingConfig,
+    SelectiveConfig,
+    SelectiveSSAConfig,
+    SSAConfig,
+    VariantConfig,
+    convert,
+)
+from attnrewrite.backend import Backend
+
+IDS = torch.arange(24).view(2, 12) % 96
+INPUTS = {"input_ids": IDS, "use_cache": False}
+
+
+def step(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Logits, and the gradients of all parameters."""
+    model.zero_grad()
+    logits = model(**INPUTS).logits
+    logits.square().mean().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+def compiled(model: torch.nn.Module, kernels: Any) -> tuple[list[torch.Tensor], list[str]]:
+    torch._dynamo.reset()
+    found: list[str] = []
+    backend = Backend(
+        inner="aot_eager", kernels=kernels, report=lambda x: found.extend(s.implementation for s in x.sites)
+    )
+    model.compile(backend=backend)
+    return step(model), found
+
+
+@pytest.mark.parametrize(
+    "config", [None, SelectiveConfig(), SSAConfig(), SelectiveSSAConfig()], ids=["sdpa", "selective", "ssa", "both"]
+)
+def test_a_model_computes_and_learns_the_same_on_kernels(config: VariantConfig | None) -> None:
+    model = llama(num_hidden_layers=1)
+    if config is not None:
+        convert(model, config, example_kwargs=INPUTS)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "selective" in name or "ssa" in name:
+                    parameter.add_(0.3)
+    reference, plain = compiled(model, "reference")
+    found, run = compiled(model, "triton")
+    assert "triton" not in plain
+    assert run == ["triton"]
+    for a, b in zip(found, reference, strict=True):
+        assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_eager_attention_goes_to_the_plain_kernel() -> None:
+    model = llama(num_hidden_layers=1, attn_implementation="eager")
+    reference, plain = compiled(model, "auto")
+    found, run = compiled(model, "triton")
+    assert (plain, run) == (["fused"], ["triton"])
+    for a, b in zip(found, reference, strict=True):
+        assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_variant_without_kernels_is_an_error_where_they_are_asked_for() -> None:
+    model = convert(llama(num_hidden_layers=1), RoutingConfig(clusters=1, window_size=64), example_kwargs=INPUTS)
+    with pytest.raises((AttnRewriteError, BackendCompilerFailed), match="AR403"):
+        compiled(model, "triton")
+
+
+def test_without_a_gpu_or_the_interpreter_the_option_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(AttnRewriteError, match="no GPU") as caught:
+        Backend(kernels="triton")
+    assert caught.value.code == "AR403"
+    assert "TRITON_INTERPRET=1" in str(caught.value)

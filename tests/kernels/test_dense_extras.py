@@ -1,0 +1,65 @@
+"""Parts of the dense family that no operator asks for yet: ALiBi, sinks, tensor descriptors."""
+
+import pytest
+import torch
+
+from attnrewrite.kernels.dense.call import Call
+from attnrewrite.kernels.dense.launch import backward, forward, run
+from attnrewrite.kernels.strips import Options
+
+LOG2E = 1.4426950408889634
+
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return [torch.randn(1, 2, 70, 16) for _ in range(4)]
+
+
+def exact(query, key, value, upstream, extra):
+    """Attention in float64; ``extra`` takes the logits to weights."""
+    wide = [x.double().requires_grad_() for x in (query, key, value)]
+    logits = wide[0] @ wide[1].mT / 4
+    hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    out = extra(logits.masked_fill(hidden, -torch.inf)) @ wide[2]
+    return [out, *torch.autograd.grad((out * upstream.double()).sum(), wide)]
+
+
+def found(call, upstream):
+    out, lse = forward(call)
+    gradients, _ = backward(call, out, lse, upstream)
+    return [out, gradients.query, gradients.key, gradients.value], lse
+
+
+def test_alibi(tensors):
+    query, key, value, upstream = tensors
+    slopes = torch.tensor([0.5, 0.25])
+    lag = torch.arange(70) - torch.arange(70).unsqueeze(-1)  # [L, S], j - i
+    true = exact(*tensors, lambda logits: torch.softmax(logits + slopes.double().view(1, 2, 1, 1) * lag, -1))
+    ours, _ = found(Call(query, key, value, Options(0.25, True), slopes=slopes), upstream)
+    for a, b in zip(ours, true, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-5)
+
+
+def test_sinks_take_weight_from_every_row(tensors):
+    query, key, value, upstream = tensors
+    sinks = torch.tensor([1.0, -0.5])
+    column = sinks.double().view(1, 2, 1, 1).expand(1, 2, 70, 1)
+    true = exact(*tensors, lambda logits: torch.softmax(torch.cat((logits, column), -1), -1)[..., :-1])
+    ours, lse = found(Call(query, key, value, Options(0.25, True), sinks=sinks), upstream)
+    for a, b in zip(ours, true, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-5)
+    hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
+    logits = (query.double() @ key.double().mT / 4).masked_fill(hidden, -torch.inf)
+    assert torch.allclose(lse.double() / LOG2E, torch.cat((logits, column), -1).logsumexp(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("D", [16, 24])
+def test_descriptors_load_the_same_tiles(D):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 70, D) for _ in range(3))
+    call = Call(query, key, value, Options(0.25, True))
+    out, lse = torch.empty_like(query), query.new_empty(1, 2, 70)
+    more = {"Out": out, "Lse": lse, **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride(), strict=False))}
+    run("forward", call, more, lambda config: 2 * -(-70 // config.block_m), {"DESCRIPTORS": True})
+    assert all(torch.equal(a, b) for a, b in zip((out, lse), forward(call), strict=True))

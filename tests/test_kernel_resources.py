@@ -1,0 +1,74 @@
+"""Kernels compile for GPUs that are not there, and use what docs/kernels.md says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripts import script
+
+ROOT = Path(__file__).parents[1]
+QUICK = ("forward", "backward_keys", "votes")
+SHARED = 227  # KiB per block on sm_90 and sm_100
+HOW = """
+import json, sys
+from dataclasses import asdict
+sys.path.insert(0, "benchmarks")
+import kernel_resources as table
+for case in table.cases():
+    if list(case) in json.loads(sys.argv[1]):
+        config, used = table.measured(case)
+        print(json.dumps({"case": case, "row": table.row(case, config, used), **asdict(used)}), flush=True)
+"""
+
+
+def compiled(cases: list[Any]) -> list[dict[str, Any]]:
+    """Compile in a process of its own: triton either interprets or compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-P", "-c", HOW, json.dumps(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(found: dict[str, Any]) -> None:
+    name, _, _, target = found["case"]
+    if target == "sm_90":
+        assert found["spills"] == 0, found
+    if target != "sm_80":
+        assert found["shared"] <= SHARED * 1024, found
+    products = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+    assert found["matrix"] == ("" if name == "delta" else products[target]), found
+
+
+def up_to_date(found: dict[str, Any]) -> bool:
+    import triton
+
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    return f"Triton {triton.__version__}," not in page or found["row"] in page
+
+
+def test_kernels_for_hopper_do_not_spill_and_multiply_in_groups_of_warps() -> None:
+    cases = [list(x) for x in script("kernel_resources").cases() if x.target == "sm_90" and x.width == 64]
+    rows = compiled([x for x in cases if x[0] in QUICK and x[1] != "ssa"])
+    assert len(rows) == 5
+    for found in rows:
+        check(found)
+        assert up_to_date(found), "run `make resources`"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_kernel_compiles_for_every_target(target: str) -> None:
+    cases = [list(x) for x in script("kernel_resources").cases() if x.target == target]
+    rows = compiled(cases)
+    assert len(rows) == len(cases)
+    for found in rows:
+        check(found)
+        assert up_to_date(found), "run `make resources`"
