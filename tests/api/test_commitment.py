@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from routing_conversion_support import IDS, SETTINGS, inputs_of, routed
@@ -13,38 +15,43 @@ from attnrewrite import AttnRewriteError, RoutingConfig, SSAConfig
 
 
 def test_the_loss_is_the_distance_to_the_own_centroid_and_draws_the_projections() -> None:
-    """Of two layers; the first one's is computed here from its input, with one sequence padded on the left."""
-    config = RoutingConfig(**SETTINGS, routing_heads=(1, 2, 3))
-    model = routed("llama", config, padding=True)
-    inputs = inputs_of("llama", padding=True)
-    layer, seen = model.model.layers[0].self_attn, list[Tensor]()
-    handle = model.model.layers[0].input_layernorm.register_forward_hook(lambda *given: seen.append(given[2]))
+    """Computed here from the inputs of both layers, with one sequence padded on the left."""
+    model = routed("llama", RoutingConfig(**SETTINGS, routing_heads=(1, 2, 3)), padding=True)
+    inputs, seen = inputs_of("llama", padding=True), list[Tensor]()
+    layers = model.model.layers
+    handles = [layer.input_layernorm.register_forward_hook(lambda *given: seen.append(given[2])) for layer in layers]
     output, loss = next(attnrewrite.with_commitment(model, [inputs], beta=0.5))
-    handle.remove()
+    for handle in handles:
+        handle.remove()
+    expected = sum(
+        _distance(layer.self_attn, x, inputs["attention_mask"].bool()) for layer, x in zip(layers, seen, strict=True)
+    )
+    torch.testing.assert_close(loss, 0.5 * expected, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(output.logits, model(**inputs).logits, rtol=1e-10, atol=1e-10)
-    real = inputs["attention_mask"].bool()
-    mu, total = layer.routing.centroids, 0.0
+    model.zero_grad()
+    loss.backward()
+    assert all(float(p.weight.grad.abs().sum()) > 0 for a in layers for p in (a.self_attn.q_proj, a.self_attn.k_proj))
+    assert layers[1].self_attn.v_proj.weight.grad is None
+    assert not layers[0].self_attn.routing.centroids.requires_grad
+
+
+def _distance(layer: Any, x: Tensor, real: Tensor) -> Tensor:
+    """Return the mean square of r - mu[cl(r)] over queries plus that over keys, of KV heads 0 and 1."""
+    total = torch.zeros((), dtype=x.dtype)
     for project, heads, center in (
         (layer.q_proj, ((1, 0), (2, 1), (3, 1)), "center_query"),
         (layer.k_proj, ((0, 0), (1, 1)), "center_key"),
     ):
         squares = []
         for head, own in heads:
-            x = project(seen[0]).unflatten(-1, (-1, 8))[:, :, head] - layer.routing.get_buffer(center)[own]
-            x = x - x.mean(-1, keepdim=True)
-            r = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-            nearest = (r @ mu[own].mT).argmax(-1)
-            squares.append((r - mu[own][nearest]).square()[real])
-        total += 0.5 * float(torch.stack(squares).mean())
-    model.model.layers[1].self_attn.routing.centroids.zero_()  # the second layer's loss is then the mean square of r
-    model.zero_grad()
-    second = float(next(attnrewrite.with_commitment(model, [inputs], beta=0.5))[1]) - total
-    assert second == pytest.approx(1.0, rel=1e-4)  # queries and keys, of mean square 1
-    loss.backward()
-    assert all(float(p.weight.grad.abs().sum()) > 0 for p in (layer.q_proj, layer.k_proj))
-    assert model.model.layers[1].self_attn.v_proj.weight.grad is None
-    assert not mu.requires_grad
+            states = project(x).unflatten(-1, (-1, 8))[:, :, head] - layer.routing.get_buffer(center)[own]
+            states = states - states.mean(-1, keepdim=True)
+            r = states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            mu = layer.routing.centroids[own]
+            squares.append((r - mu[(r @ mu.mT).argmax(-1)]).square()[real])
+        total = total + torch.stack(squares).mean()
+    return total
 
 
 def test_a_training_loop_moves_queries_and_keys_towards_the_centroids() -> None:

@@ -13,6 +13,7 @@ from attnrewrite.kernels.diagnostics import LoweringError
 from attnrewrite.kernels.sea import losses
 from attnrewrite.kernels.sea.losses import (
     approximation_loss,
+    attention_loss,
     divergence_gradients,
     divergences,
     slice_widths,
@@ -153,3 +154,27 @@ class TestClosedForms:
             function(query, teacher_statistics(query, query, 4))
         assert raised.value.code == "AR402"
         assert all(part in raised.value.detail for part in says)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_loss_of_dense_attention_is_that_of_its_definition(is_causal: bool) -> None:
+    """0.1 KL + MSE of two matrices written out, with a bias and with padding, whose rows count nothing."""
+    source = torch.Generator().manual_seed(4)
+    q, k, tq, tk = (torch.randn(2, h, 7, 4, generator=source, dtype=torch.float64) for h in (4, 2, 4, 2))
+    bias = torch.randn(1, 4, 7, 7, generator=source, dtype=torch.float64)
+    real = torch.arange(7) >= torch.tensor([[2], [0]])
+    seen = (real[:, None, None] & real[:, None, :, None]).expand(2, 4, 7, 7)
+    seen = seen & torch.ones(7, 7).tril().bool() if is_causal else seen
+    log = [
+        (x @ y.repeat_interleave(2, 1).mT * 0.5 + bias).masked_fill(~seen, -torch.inf).log_softmax(-1)[seen.any(-1)]
+        for x, y in ((q, k), (tq, tk))
+    ]
+    student, p = (x.exp() for x in log)
+    kl = torch.where(p > 0, p * (log[1] - log[0]), 0.0).sum(-1).mean()
+    expected = 0.1 * kl + (student - p).square().mean()
+    how = {"is_causal": is_causal, "scale": 0.5, "enable_gqa": True, "padding": real}
+    found = attention_loss(q.requires_grad_(), k, tq, tk, bias, **how)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found.backward()
+    assert q.grad is not None
+    assert q.grad.isfinite().all()
