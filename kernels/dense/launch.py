@@ -57,7 +57,7 @@ def backward(
         lse.new_zeros(B, H, L, S) if bias_gradient else None,
     )
     delta = torch.empty_like(lse)
-    more = {"Out": out, "Lse": lse, "DOut": upstream, "Delta": delta}
+    more: dict[str, Any] = {"Out": out, "Lse": lse, "DOut": upstream, "Delta": delta}
     more |= {**_out_strides(out), **named("g", "bhmd", upstream)}
     keys = {"DKey": found.key, "DValue": found.value, "DValueTau": found.value_temperature}
     queries = {"DQuery": found.query, "DQueryTau": found.query_temperature, "DBias": found.bias}
