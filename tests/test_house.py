@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("attnrewrite", "passes", "kernels")
 MAY_IMPORT = {"kernels": ("kernels",), "passes": ("passes", "kernels")}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-VARIANTS = sorted(path.parent for path in (ROOT / "kernels").glob("*/__init__.py"))
+OF_ALL = {"dense", "generation", "templates"}  # what the kernels of several variants share
+VARIANTS = sorted(p.parent for p in (ROOT / "kernels").glob("*/__init__.py") if p.parent.name not in OF_ALL)
 
 
 def sources(*folders):

@@ -26,7 +26,7 @@ VERBS = {
     "calibrate": "Set what a conversion of MODEL learns from real inputs, and write it to OUT.",
     "distill": "Train what a conversion added to MODEL, and write it to OUT.",
     "export": "Write MODEL with its attention rewritten, for other compilers.",
-    "kernels": "Show or write the Triton kernels that are generated for a variant.",
+    "kernels": "Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
     "env": "Show versions, devices and settings.",
     "code": "Explain a diagnostic code, or list them all.",

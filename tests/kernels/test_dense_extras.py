@@ -1,10 +1,12 @@
-"""Parts of the dense family that no operator asks for yet: ALiBi, sinks, tensor descriptors."""
+"""ALiBi, sinks and tensor descriptors, for which no operator asks yet; and kernels that do not fit the device."""
 
 import pytest
 import torch
 
+from attnrewrite.kernels.dense import launch
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.launch import backward, forward, run
+from attnrewrite.kernels.diagnostics import AttnRewriteError
 from attnrewrite.kernels.strips import Options
 
 LOG2E = 1.4426950408889634
@@ -63,3 +65,49 @@ def test_descriptors_load_the_same_tiles(D):
     more = {"Out": out, "Lse": lse, **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride(), strict=False))}
     run("forward", call, more, lambda config: 2 * -(-70 // config.block_m), {"DESCRIPTORS": True})
     assert all(torch.equal(a, b) for a, b in zip((out, lse), forward(call), strict=True))
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """A device that has not enough shared memory for tiles of more than ``limit`` rows; yields what was tried."""
+    from triton.runtime.errors import OutOfResources
+
+    tried, real = [], launch.load
+
+    class Kernel:
+        limit = 16
+
+        def __init__(self, emitted):
+            self.function = real(emitted)
+
+        def __getitem__(self, grid):
+            def call(**arguments):
+                tried.append(arguments["BLOCK_M"])
+                if arguments["BLOCK_M"] > self.limit:
+                    raise OutOfResources(300_000, 232_448, "shared memory")
+                self.function[grid](**arguments)
+
+            return call
+
+    monkeypatch.setattr(launch, "load", Kernel)
+    monkeypatch.setattr(launch, "_FAILED", set())
+    return Kernel, tried
+
+
+def test_a_configuration_that_does_not_fit_is_not_tried_again(tensors, small_device):
+    _, tried = small_device
+    call = Call(*tensors[:3], Options(0.25, True))
+    out, _ = forward(call)
+    assert tried[-1] == 16
+    assert tried == sorted(tried, reverse=True)
+    count = len(tried)
+    assert torch.equal(forward(call)[0], out)
+    assert len(tried) == count + 1
+
+
+def test_a_kernel_that_fits_in_no_configuration(tensors, small_device):
+    kernel, _ = small_device
+    kernel.limit = 0
+    with pytest.raises(AttnRewriteError, match="shared memory") as caught:
+        forward(Call(*tensors[:3], Options(0.25, True)))
+    assert caught.value.code == "AR405"
