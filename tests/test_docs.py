@@ -40,9 +40,14 @@ def model_and_batches() -> dict[str, Any]:
     return {"attnrewrite": attnrewrite, "model": tiny.llama(), "ids": tokens(), "batches": [tokens()]}
 
 
+def model_and_tensors() -> dict[str, Any]:
+    return {**model_and_batches(), **{name: torch.randn(1, 2, 8, 16) for name in ("query", "key", "value")}}
+
+
 GIVEN: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": model_in_a_folder,
     "docs/adding_a_variant.md": dict,
+    "docs/kernels.md": model_and_tensors,
     "docs/recipes.md": dict,
     "docs/variants.md": model_and_batches,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from attnrewrite.kernels.diagnostics import error
 
 Kernels = Literal["auto", "triton", "reference"]
-_WANTED: ContextVar[Kernels] = ContextVar("kernels", default="auto")
+_wanted: Kernels = "auto"  # no context variable: Dynamo cannot read those, and this is read where it traces
 
 LARGEST_HEAD = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -23,11 +22,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 @contextmanager
 def kernels(wanted: Kernels) -> Iterator[None]:
     """Choose for all calls inside. "auto" is the reference, as long as kernels were not measured on a GPU."""
-    token = _WANTED.set(wanted)
+    global _wanted
+    before, _wanted = _wanted, wanted
     try:
         yield
     finally:
-        _WANTED.reset(token)
+        _wanted = before
 
 
 def generated(query: Tensor, value: Tensor, *reasons: str | None) -> bool:
@@ -36,7 +36,7 @@ def generated(query: Tensor, value: Tensor, *reasons: str | None) -> bool:
     ``reasons`` are what the caller has against it, None where nothing. Raises LoweringError AR403 where kernels are
     asked for and there are none.
     """
-    if _WANTED.get() != "triton":
+    if _wanted != "triton":
         return False
     against = next((reason for reason in (*reasons, *_unfit(query, value)) if reason), None)
     if against:

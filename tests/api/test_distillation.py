@@ -190,9 +190,7 @@ def test_the_joint_loss_is_that_of_the_definition() -> None:
     p, q = theirs.logits.softmax(-1), ours.logits.softmax(-1)
     kl = (p * (p / q).log()).sum(-1).mean()
     own = float((5 * hidden + 0.2 * kl + 0.1 * ours.loss).detach())
-    assert float(step.total.detach()) == pytest.approx(
-        statistics.fmean(step.layers.values()) + float(own.detach()), rel=1e-5
-    )
+    assert float(step.total.detach()) == pytest.approx(statistics.fmean(step.layers.values()) + own, rel=1e-5)
 
 
 def test_other_variants_have_the_stage_of_all_weights_too() -> None:

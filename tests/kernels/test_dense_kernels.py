@@ -73,7 +73,7 @@ def compare(assert_no_worse, tensors, **how):
         else:  # one number: a sum over all pairs, of which the rounding errors may cancel in one of the two
             dtype = tensors["query"].dtype
             least = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
-            assert (a - c).abs() <= max(2 * (b - c).abs(), least), name
+            assert (a - c).abs() <= max(2 * (b - c).abs(), least * max(1.0, float(c.abs()))), name
 
 
 def drawn(L=63, S=None, H=2, Hkv=2, D=16, Dv=16, B=1, dtype=torch.float32, seed=0):

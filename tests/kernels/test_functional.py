@@ -23,6 +23,7 @@ def test_names():
     assert functional.__all__ == [
         "SelectionState",
         "attention",
+        "kernels",
         "pairwise_query",
         "routing_attention",
         "sea_attention",
