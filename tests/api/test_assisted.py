@@ -62,7 +62,10 @@ def repeating() -> torch.Tensor:
     return torch.cat((IDS[:, :8], IDS[:, :8], IDS[:, :5]), 1)
 
 
-@pytest.mark.parametrize(("name", "how"), [("llama", "lookup"), ("llama", "assistant"), ("gemma2", "lookup")])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("llama", "lookup"), ("llama", "assistant"), pytest.param("gemma2", "lookup", marks=pytest.mark.slow)],
+)
 def test_greedy_tokens_are_those_without_assistance(name: str, how: str) -> None:
     """With full and with sliding layers, whose window is passed; the assistant is often wrong."""
     model = converted(llama(num_hidden_layers=1) if name == "llama" else build(BY_NAME[name], "eager"), "new-head")
