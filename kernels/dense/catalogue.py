@@ -47,7 +47,6 @@ _OFF: dict[str, Flag] = {
     "TEMPERATURES": False,
     "DESCRIPTORS": False,
     "BIAS_GRADIENT": False,
-    "CONTINUED": False,
     "PRECISION": "ieee",
     "SUM_PRECISION": "tf32",
     "UPCAST": False,

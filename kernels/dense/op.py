@@ -66,8 +66,7 @@ def _forward(
     call = _call(query, key, value, how, attn_mask, query_temperature, value_temperature, gamma, seed)
     if gamma is None:
         return forward(call)
-    out, lse, _ = selective_forward(call, _selection(call, selection_head, protect_first))
-    return out, lse
+    return selective_forward(call, _selection(call, selection_head, protect_first))
 
 
 @_forward.register_fake

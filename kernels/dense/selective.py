@@ -23,11 +23,9 @@ class Selection:
     protected: Tensor
 
 
-def selective_forward(call: Call, who: Selection) -> tuple[Tensor, Tensor, Tensor]:
-    """Return output, log-sum-exp, and the votes ``[B, S]`` that every key has received. ``call`` has a strength."""
-    penalty, votes = penalties(call, who)
-    out, lse = forward(dataclasses.replace(call, penalty=penalty))
-    return out, lse, votes
+def selective_forward(call: Call, who: Selection) -> tuple[Tensor, Tensor]:
+    """Return what ``forward`` does. ``call`` has a strength."""
+    return forward(dataclasses.replace(call, penalty=penalties(call, who)))
 
 
 def selective_backward(
@@ -38,7 +36,7 @@ def selective_backward(
     D = call.query.shape[3]
     strength = call.strength
     assert strength is not None
-    penalty, _ = penalties(call, who)
+    penalty = penalties(call, who)
     call = dataclasses.replace(call, penalty=penalty)
     found, delta = backward(call, out, lse, upstream)
     selected, by_strength = lse.new_empty(B, S, D), lse.new_empty(B, S)
@@ -62,18 +60,16 @@ def selective_backward(
     return found, by_strength.sum().to(strength.dtype)
 
 
-def penalties(call: Call, who: Selection) -> tuple[Tensor, Tensor]:
-    """Return F times log2(e), ``[B, L, S]`` with padded rows, in 16 bit for 16-bit inputs; and the votes ``[B, S]``."""
+def penalties(call: Call, who: Selection) -> Tensor:
+    """Return F times log2(e), ``[B, L, S]`` with padded rows, in 16 bit for 16-bit inputs."""
     B, H, Hkv, L, S = call.sizes
     dtype = torch.float32 if call.query.dtype == torch.float32 else torch.float16
     penalty = torch.zeros(B, L, -(-S // _ROW) * _ROW, dtype=dtype, device=call.query.device)[:, :, :S]
-    votes = torch.zeros(B, S, device=call.query.device)
     query, key = call.query[:, who.head], call.key[:, who.head // (H // Hkv)]
     more = {
         "Q": query,
         "K": key,
         "Penalty": penalty,
-        "Votes": votes,
         "largest": torch.finfo(dtype).max,
         **_protection(call, who),
         **named("q", "bmd", query),
@@ -88,7 +84,7 @@ def penalties(call: Call, who: Selection) -> tuple[Tensor, Tensor]:
     if call.slopes is not None:
         more["Slopes"] = call.slopes[who.head]
     run("votes", call, more, lambda config: B * -(-S // config.block_n))
-    return penalty, votes
+    return penalty
 
 
 def _protection(call: Call, who: Selection) -> dict[str, object]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from attnrewrite.kernels.generation.emit import Emitted
 
 _FULL = {
-    *("Lse", "Delta", "QueryTau", "ValueTau", "Sinks", "Slopes", "Strength", "Earlier", "Votes"),
+    *("Lse", "Delta", "QueryTau", "ValueTau", "Sinks", "Slopes", "Strength"),
     *("DSelected", "DStrength", "DQueryTau", "DValueTau", "DBias"),
 }
 """Parameters that are float32 whatever the inputs are."""

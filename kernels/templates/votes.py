@@ -11,8 +11,6 @@ def selective_votes(
     Q,  # [B, L, D], of the selection head
     K,  # [B, S, D]
     Penalty,  # [B, L, S], written: F times log2(e)
-    Votes,  # [B, S], written: what every key has received in the end
-    Earlier,  # [B, S], what it had received before
     Protected,  # [B, S], keys on which nobody may vote
     Mask,  # [B, L, S], any stride may be 0
     Slopes,  # of the selection head, one number
@@ -42,7 +40,6 @@ def selective_votes(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
-    CONTINUED: tl.constexpr,  # whether there are earlier votes
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
@@ -72,8 +69,6 @@ def selective_votes(
     if ALIBI:
         slope = tl.load(Slopes).to(tl.float32)
     received = tl.zeros([BLOCK_N], tl.float32)
-    if CONTINUED:
-        received = tl.load(Earlier + b * S + cols, mask=cols < S, other=0.0) * LOG2E
     before = (m[:, None] > m[None, :]).to(tl.float32)  # strictly earlier rows
 
     low = 0
@@ -125,4 +120,3 @@ def selective_votes(
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)
-    tl.store(Votes + b * S + cols, received / LOG2E, mask=cols < S)

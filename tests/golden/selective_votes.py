@@ -1,9 +1,9 @@
 """selective_votes, specialised by attnrewrite from its template votes.py.
 
-ALIBI = False, CAUSAL = True, CONTINUED = False, D = 64, MASK = 'none', PAD_D = 64, PRECISION = 'ieee', SOFTCAP = False,
-SUM_PRECISION = 'tf32', UPCAST = False, WINDOW = False
+ALIBI = False, CAUSAL = True, D = 64, MASK = 'none', PAD_D = 64, PRECISION = 'ieee', SOFTCAP = False, SUM_PRECISION =
+'tf32', UPCAST = False, WINDOW = False
 
-Digest 1060e56416f7f4bcb945fd8b772c3c021160924558a509f67ab91f5cb55f5ca0.
+Digest d62311676efeb521cb9c9dabe189ed7061079c5ed62ac713c6a241d4e2f86111.
 """
 
 import triton
@@ -17,7 +17,6 @@ def selective_votes(
     Q,  # [B, L, D], of the selection head
     K,  # [B, S, D]
     Penalty,  # [B, L, S], written: F times log2(e)
-    Votes,  # [B, S], written: what every key has received in the end
     Protected,  # [B, S], keys on which nobody may vote
     stride_qb,
     stride_qm,
@@ -77,4 +76,3 @@ def selective_votes(
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)
-    tl.store(Votes + b * S + cols, received / LOG2E, mask=cols < S)
