@@ -48,7 +48,8 @@ class Backend:
     targets: glob or globs on layer paths.
     exclude: glob or globs on layer paths to leave out.
     strict: whether a failure inside the passes is an error; otherwise the original graph runs, with one warning.
-    kernels: "triton" runs generated kernels; "reference" and "auto" plain PyTorch.
+    kernels: "auto" runs generated kernels on a GPU where there are any; "triton" makes their absence an error;
+        "reference" is plain PyTorch.
     inner: the compiler for the rewritten graph.
     verify: whether every match is proved in float64 before it is used.
     report: a path for the report as JSON, or a function that is called with every graph's Report. Sites are drawn, as

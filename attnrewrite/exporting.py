@@ -73,7 +73,7 @@ def export(
         warnings.simplefilter("ignore", FutureWarning)  # torch copies structures in a way that it deprecates itself
         captured = _captured(model, example_inputs, example_kwargs, dynamic_shapes)
         capture = from_program(captured)
-        found, _ = Pipeline().rewrite(capture)
+        found, _ = Pipeline(kernels="reference").rewrite(capture)  # what other compilers know
         program = to_program(capture, captured)
         if format == "pt2":
             _write_program(program, path, overwrite, keep_operators)

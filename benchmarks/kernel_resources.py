@@ -11,14 +11,17 @@ from typing import NamedTuple
 
 import click
 
-from attnrewrite.kernels.dense.catalogue import KERNELS, VARIANTS, flags, kernel
+from attnrewrite.kernels.dense.catalogue import KERNELS, OF_VOTES, flags, kernel, used
 from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.launch import BLOCK_LIST
 from attnrewrite.kernels.dense.signature import constants, types
 from attnrewrite.kernels.generation.resources import Resources, compiled
 
 BEGIN, END = "<!-- Made by `make resources`: begin -->", "<!-- Made by `make resources`: end -->"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 WIDTHS = (64, 128, 256)
+ALIKE = ("delta", "merge")
+"""Kernels that are the same for every variant."""
 
 
 class Case(NamedTuple):
@@ -34,7 +37,9 @@ def cases() -> Iterator[Case]:
     """Every kernel for every target, and the forward pass for an AMD one."""
     for width in WIDTHS:
         for name in KERNELS:
-            own = ("selective",) if "votes" in name else ("sdpa",) if name == "delta" else ("sdpa", "ssa", "selective")
+            if name == "live" and width > WIDTHS[0]:
+                continue  # has nothing to do with features
+            own = ("selective",) if name in OF_VOTES else ("sdpa",) if name in ALIKE else ("sdpa", "ssa", "selective")
             for variant in own:
                 yield from (Case(name, variant, width, target) for target in TARGETS)
         yield Case("forward", "sdpa", width, "gfx942")
@@ -42,11 +47,11 @@ def cases() -> Iterator[Case]:
 
 def measured(case: Case) -> tuple[Config, Resources]:
     """Compile one case."""
-    made = kernel(case.name, flags(case.width, case.width, {"CAUSAL": True, **VARIANTS[case.variant]}))
-    config = configs(case.name, case.width, 16)[0]
-    values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
-    used = compiled(made, types(made, "bf16"), values, case.target, warps=config.warps, stages=config.stages)
-    return config, used
+    made = kernel(case.name, flags(case.width, case.width, used(case.name, case.variant)))
+    config = configs("forward" if case.name == "live" else case.name, case.width, 16)[0]
+    values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_LIST": BLOCK_LIST})
+    needed = compiled(made, types(made, "bf16"), values, case.target, warps=config.warps, stages=config.stages)
+    return config, needed
 
 
 def row(case: Case, config: Config, used: Resources) -> str:

@@ -142,7 +142,7 @@ class Pipeline:
             return
         if self.draw:
             row.after = self._after(site, request, report)
-        row.implementation = self.lowering.replace(site, rule, request)
+        row.implementation, row.kernels = self.lowering.replace(site, rule, request)
         row.status = "rewritten"
         if self.kernels == "triton" and row.implementation != "triton":
             raise error("AR403", f"{request.variant} has no generated kernel", layer=row.layer)

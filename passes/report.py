@@ -153,6 +153,7 @@ class Site:
     other_users: list[str] | None = None
     variant: str = ""
     implementation: str = ""
+    kernels: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     certificate: str = "not run"
     rejections: list[Rejection] = field(default_factory=list)

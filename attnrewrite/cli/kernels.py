@@ -46,10 +46,10 @@ def command(
 ) -> None:
     """Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.
 
-    Kernels are forward, delta, backward_keys, backward_queries, votes and backward_votes. Neither a GPU nor triton is
-    needed.
+    Kernels are forward, delta, backward_keys, backward_queries, decode, merge, and for selective attention votes, live
+    and backward_votes. Neither a GPU nor triton is needed.
     """
-    from attnrewrite.kernels.dense.catalogue import KERNELS
+    from attnrewrite.kernels.dense.catalogue import KERNELS, OF_VOTES
 
     if action == "show":
         if what not in KERNELS:
@@ -57,7 +57,7 @@ def command(
         made = _made([what], variant, head_dim, value_dim, causal, settings)[what]
         output.result({"name": what, "digest": made.digest, "text": made.text}, lambda: Syntax(made.text, "python"))
         return
-    names = [name for name in KERNELS if variant == "selective" or "votes" not in name]
+    names = [name for name in KERNELS if variant == "selective" or name not in OF_VOTES]
     _emit(output, Path(what), _made(names, variant, head_dim, value_dim, causal, settings))
 
 
@@ -74,21 +74,23 @@ def _emit(output: Output, folder: Path, made: dict[str, Emitted]) -> None:
 def _made(
     names: list[str], variant: str, head_dim: int, value_dim: int | None, causal: bool, settings: tuple[str, ...]
 ) -> dict[str, Emitted]:
-    from attnrewrite.kernels.dense.catalogue import VARIANTS, flags, kernel
+    from attnrewrite.kernels.dense.catalogue import VARIANTS, flags, kernel, used
 
     if variant not in VARIANTS:
         raise error("AR403", f"{variant} has no generated kernels; {closest(variant, VARIANTS)}", hint="")
-    given: dict[str, Flag] = {"CAUSAL": causal, **VARIANTS[variant]}
+    given: dict[str, Flag] = {}
     for setting in settings:
         flag, equals, value = setting.partition("=")
         if not equals:
             raise click.BadParameter(f"{setting!r} is not of the form FLAG=VALUE.", param_hint="--set")
         given[flag] = _value(value)
     try:
-        chosen = flags(head_dim, value_dim or head_dim, given)
+        return {
+            name: kernel(name, flags(head_dim, value_dim or head_dim, {**used(name, variant, causal=causal), **given}))
+            for name in names
+        }
     except ValueError as cause:
         raise click.BadParameter(f"{cause}.", param_hint="--set") from cause
-    return {name: kernel(name, chosen) for name in names}
 
 
 def _value(text: str) -> Any:

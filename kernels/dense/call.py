@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from attnrewrite.kernels.visibility import four_dimensional
 class Call:
     """Attention of ``query`` ``[B, H, L, D]`` to ``key`` ``[B, Hkv, S, D]`` and ``value`` ``[B, Hkv, S, Dv]``.
 
-    ``penalty`` ``[B, L, S]``, times the number ``strength``, is taken off the base-2 logits of all heads;
-    ``query_temperature`` ``[B, H, L]`` and ``value_temperature`` ``[B, Hkv, S]`` come together; ``sinks`` and
-    ``slopes`` (ALiBi) are ``[H]``.
+    ``penalty`` ``[B, L, S]``, times the number ``strength``, is taken off the base-2 logits of all heads, and ``death``
+    ``[B, S]`` in int32 is the first row from which on it leaves a key nothing; queries are multiplied with ``pair``
+    ``[H, D, D]``; ``query_temperature`` ``[B, H, L]`` and ``value_temperature`` ``[B, Hkv, S]`` come together;
+    ``sinks`` and ``slopes`` (ALiBi) are ``[H]``.
     """
 
     query: Tensor
@@ -31,6 +32,8 @@ class Call:
     mask: Tensor | None = None
     penalty: Tensor | None = None
     strength: Tensor | None = None
+    death: Tensor | None = None
+    pair: Tensor | None = None
     query_temperature: Tensor | None = None
     value_temperature: Tensor | None = None
     sinks: Tensor | None = None
@@ -51,12 +54,14 @@ class Call:
             "GROUP": H // Hkv,
             "CAUSAL": self.how.is_causal,
             "WINDOW": self.how.window is not None,
-            "MASK": self._mask_kind(),
+            "MASK": self.mask_kind(),
             "SOFTCAP": self.how.softcap is not None,
             "ALIBI": self.slopes is not None,
             "SINKS": self.sinks is not None,
             "DROPOUT": self.how.dropout_p > 0,
             "PENALTY": self.penalty is not None,
+            "SKIPS": self.death is not None,
+            "PAIR": self.pair is not None,
             "TEMPERATURES": self.query_temperature is not None,
             "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
             "SUM_PRECISION": "ieee" if full else "tf32",
@@ -87,6 +92,8 @@ class Call:
             "Mask": mask,
             "Penalty": self.penalty,
             "Strength": self.strength,
+            "Death": self.death,
+            "Pair": self.pair,
             "QueryTau": self.query_temperature,
             "ValueTau": self.value_temperature,
             "Sinks": self.sinks,
@@ -105,7 +112,21 @@ class Call:
             **strides,
         }
 
-    def _mask_kind(self) -> str:
+    def rows(self, rows: slice) -> Call:
+        """Return the call of some of the queries. Dropout draws of its own for them."""
+        mask = self.mask
+        if mask is not None and four_dimensional(mask).shape[2] > 1:
+            mask = four_dimensional(mask)[:, :, rows]
+        return replace(
+            self,
+            query=self.query[:, :, rows],
+            mask=mask,
+            how=replace(self.how, offset=self.how.offset + rows.start),
+            seed=None if self.seed is None else self.seed + rows.start,
+        )
+
+    def mask_kind(self) -> str:
+        """Return "none", "keys" for the same keys for all queries, "pairs", or "bias"."""
         if self.mask is None:
             return "none"
         if self.mask.dtype != torch.bool:

@@ -21,10 +21,13 @@ KERNELS = {
     "delta": Template("delta", "attention_delta"),
     "backward_keys": Template("backward_keys", "attention_backward_keys"),
     "backward_queries": Template("backward_queries", "attention_backward_queries"),
+    "backward_shared": Template("backward_shared", "attention_backward_shared"),
+    "decode": Template("decode", "attention_decode"),
+    "merge": Template("decode", "attention_merge"),
     "votes": Template("votes", "selective_votes"),
+    "live": Template("live", "selective_live"),
     "backward_votes": Template("backward_votes", "selective_backward_votes"),
 }
-"""Plain attention, SSA and symmetric attention use the first four, selective attention all."""
 
 VARIANTS: dict[str, dict[str, Flag]] = {
     "sdpa": {},
@@ -33,6 +36,21 @@ VARIANTS: dict[str, dict[str, Flag]] = {
     "selective": {"PENALTY": True},
 }
 """What each variant sets."""
+
+OF_VOTES = ("votes", "live", "backward_votes")
+"""Kernels of selective attention alone."""
+
+
+OF_SYMMETRY = ("backward_shared",)
+"""Kernels of symmetric attention alone."""
+
+
+def used(name: str, variant: str, *, causal: bool = True) -> dict[str, Flag]:
+    """Return the flags with which a variant uses a kernel, masks aside. A step of one query counts its own votes."""
+    if variant != "selective":
+        return {"CAUSAL": causal, **VARIANTS[variant]}
+    return {"CAUSAL": causal, **({"VOTES": True} if name == "decode" else {"PENALTY": True, "SKIPS": causal})}
+
 
 _OFF: dict[str, Flag] = {
     "GROUP": 1,
@@ -44,6 +62,10 @@ _OFF: dict[str, Flag] = {
     "SINKS": False,
     "DROPOUT": False,
     "PENALTY": False,
+    "VOTES": False,
+    "PLACED": False,
+    "SKIPS": False,
+    "PAIR": False,
     "TEMPERATURES": False,
     "DESCRIPTORS": False,
     "BIAS_GRADIENT": False,

@@ -21,7 +21,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @contextmanager
 def kernels(wanted: Kernels) -> Iterator[None]:
-    """Choose for all calls inside. "auto" is the reference, as long as kernels were not measured on a GPU."""
+    """Choose for all calls inside. "auto" takes kernels on a GPU where there are any, the reference elsewhere."""
     global _wanted
     before, _wanted = _wanted, wanted
     try:
@@ -30,18 +30,18 @@ def kernels(wanted: Kernels) -> Iterator[None]:
         _wanted = before
 
 
-def generated(query: Tensor, value: Tensor, *reasons: str | None) -> bool:
+def generated(query: Tensor, value: Tensor, *reasons: str | None, fused: bool = False) -> bool:
     """Whether to run generated kernels, for tensors ``[B, H, L, D]`` and ``[B, Hkv, S, Dv]``.
 
-    ``reasons`` are what the caller has against it, None where nothing. Raises LoweringError AR403 where kernels are
-    asked for and there are none.
+    ``reasons`` are what the caller has against it, None where nothing; ``fused``: torch has an operator for it, which
+    "auto" leaves to do it. Raises LoweringError AR403 where kernels are asked for and there are none.
     """
-    if _wanted != "triton":
+    if _wanted == "reference" or (_wanted == "auto" and (fused or not query.is_cuda)):
         return False
     against = next((reason for reason in (*reasons, *_unfit(query, value)) if reason), None)
-    if against:
+    if against and _wanted == "triton":
         raise error("AR403", against)
-    return True
+    return against is None
 
 
 def no_device() -> str | None:

@@ -19,8 +19,11 @@ _NARROW, _MIDDLE = 64, 128
 _WIDTHS: dict[str, tuple[Config, Config, Config]] = {
     "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
     "delta": (Config(128, 16), Config(128, 16), Config(64, 16)),
-    "backward_keys": (Config(64, 128, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 8, 1)),
+    "backward_keys": (Config(64, 128, 8, 3), Config(32, 64, 8, 3), Config(32, 32, 8, 1)),
     "backward_queries": (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
+    "backward_shared": (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 8, 1)),
+    "decode": (Config(16, 128, 4, 3), Config(16, 64, 4, 3), Config(16, 32, 4, 2)),
+    "merge": (Config(4, 16), Config(4, 16), Config(4, 16)),
     "votes": (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
     "backward_votes": (Config(32, 64, 4, 1), Config(32, 64, 8, 1), Config(16, 32, 8, 1)),
 }

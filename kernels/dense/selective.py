@@ -1,77 +1,194 @@
-"""Selective attention on a GPU: the votes first, then the dense family with their penalty, and the way back."""
+"""Selective attention on a GPU: the votes first, then the dense family with their penalty, and the way back.
+
+The penalty F takes L S numbers. Where they would be too many, the queries go in strips, from the first to the last and
+back, and the votes are carried from one to the next: the same work, in the memory of one strip.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from attnrewrite.kernels.dense.call import Call, named
+from attnrewrite.kernels.dense.decode import Voting, decode, few
 from attnrewrite.kernels.dense.launch import Gradients, backward, forward, run
 from attnrewrite.kernels.strips import one_head
 
+LARGEST_PENALTY = 1 << 29
+"""Bytes of the penalty of a strip."""
 _ROW = 16
 """Rows of the penalty start at multiples of so many entries, so that a tile is loaded in whole words."""
+_STRIP = 128
+SHORTEST_SKIP = 1024
+"""From so many keys on it is worth finding out which of them count for nothing any more."""
+NEGLIGIBLE = 2.0**-24
+"""What the weights left out may sum up to: half of what float32 can tell from 1."""
+LOG2E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """Who votes: the selection head; and ``protected`` ``[B or 1, S]``: keys on which nobody may vote."""
+    """Who votes, and how matters stand before the first query.
+
+    ``head`` is the selection head; on the keys ``protected`` ``[B or 1, S]`` nobody may vote; ``earlier`` ``[B, S]``
+    are the votes received so far, in float32. ``position``, one int64, is where the first query stands among the keys,
+    where that is not the offset of the call.
+    """
 
     head: int
     protected: Tensor
+    earlier: Tensor
+    position: Tensor | None = None
+
+    def after(self, rows: int, votes: Tensor) -> Selection:
+        """Return how matters stand so many queries later."""
+        position = None if self.position is None else self.position + rows
+        return dataclasses.replace(self, earlier=votes, position=position)
 
 
-def selective_forward(call: Call, who: Selection) -> tuple[Tensor, Tensor]:
-    """Return what ``forward`` does. ``call`` has a strength."""
-    return forward(dataclasses.replace(call, penalty=penalties(call, who)))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Votes:
+    """What the votes of some queries do.
+
+    ``penalty`` ``[B, L, S]`` is F log2(e); ``received`` ``[B, S]`` are the votes after the last query; ``death``
+    ``[B, S]`` the first row from which on a key counts for nothing, None where that is not known.
+    """
+
+    penalty: Tensor
+    received: Tensor
+    death: Tensor | None
+
+
+def selective_forward(call: Call, who: Selection, recent: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what ``launch.forward`` does, and the votes after each of the last ``recent`` queries ``[B, recent, S]``.
+
+    ``call`` has a strength.
+    """
+    L = call.sizes[3]
+    if L == 1 and few(call):
+        received = torch.empty_like(who.earlier)
+        return *decode(call, Voting(who.earlier, who.protected, who.position, who.head, received)), received[:, None]
+    if L == 0:
+        return *forward(call), who.earlier[:, None].expand(-1, recent, -1).clone()
+    outs, after = [], []
+    for rows in spans(call):
+        part = call.rows(rows)
+        votes = count(part, who, exact=recent > 1)
+        attend = decode if few(part) else forward
+        outs.append(attend(dataclasses.replace(part, penalty=votes.penalty, death=votes.death)))
+        first = max(rows.start, L - recent)
+        if first < rows.stop:
+            after.append(votes.penalty[:, first - rows.start + 1 :].float() / LOG2E)
+            after.append(votes.received[:, None])
+        who = who.after(rows.stop - rows.start, votes.received)
+    out, lse = (_joined(x, 2) for x in zip(*outs, strict=True))
+    return out, lse, _joined(after, 1)
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+@dataclasses.dataclass
+class SelectiveGradients:
+    """By query, key and value; by the strength; by the votes before the first query ``[B, S]``."""
+
+    dense: Gradients
+    strength: Tensor
+    earlier: Tensor
 
 
 def selective_backward(
-    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor
-) -> tuple[Gradients, Tensor]:
-    """Return the gradients by query, key and value, and that by the strength."""
+    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor, later: Tensor
+) -> SelectiveGradients:
+    """Return the gradients. ``later`` ``[B, S]`` is that by the votes after the last query."""
+    parts = list(spans(call))
+    before = [who]
+    for rows in parts[:-1]:
+        before.append(before[-1].after(rows.stop - rows.start, count(call.rows(rows), before[-1]).received))
+    wide = len(parts) > 1
+    found: list[SelectiveGradients] = []
+    for rows, state in zip(reversed(parts), reversed(before), strict=True):
+        part, own = call.rows(rows), lse[:, :, rows].contiguous()
+        found.append(_backward_strip(part, state, out[:, :, rows], own, upstream[:, :, rows], later, wide))
+        later = found[-1].earlier
+    if len(found) == 1:
+        return found[0]
+    queries = torch.cat([x.dense.query for x in reversed(found)], 2)
+    key, value = (sum(getattr(x.dense, name) for x in found) for name in ("key", "value"))
+    assert isinstance(key, Tensor)
+    assert isinstance(value, Tensor)
+    dense = Gradients(queries, key.to(call.key.dtype), value.to(call.value.dtype))
+    return SelectiveGradients(dense, torch.stack([x.strength for x in found]).sum(0), later)
+
+
+def _backward_strip(
+    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor, later: Tensor, wide: bool
+) -> SelectiveGradients:
     B, H, Hkv, _L, S = call.sizes
-    D = call.query.shape[3]
     strength = call.strength
     assert strength is not None
-    penalty = penalties(call, who)
-    call = dataclasses.replace(call, penalty=penalty)
-    found, delta = backward(call, out, lse, upstream)
-    selected, by_strength = lse.new_empty(B, S, D), lse.new_empty(B, S)
+    votes = count(call, who)
+    call = dataclasses.replace(call, penalty=votes.penalty, death=votes.death)
+    found, delta = backward(call, out, lse, upstream, wide=wide)
+    selected, by_strength, by_earlier = (
+        lse.new_empty(B, S, call.query.shape[3]),
+        lse.new_empty(B, S),
+        lse.new_empty(B, S),
+    )
     # What was the penalty of a pair becomes the gradient by its vote: one tile, one program.
-    by_vote = penalty if call.query.dtype == torch.float32 else penalty.view(call.query.dtype)
+    by_vote = votes.penalty if call.query.dtype == torch.float32 else votes.penalty.view(call.query.dtype)
     more = {
         "DOut": upstream,
         "Lse": lse,
         "Delta": delta,
+        "Later": later,
         "DVotes": by_vote,
         "DSelected": selected,
         "DStrength": by_strength,
-        **_protection(call, who),
+        "DEarlier": by_earlier,
         "selection_head": who.head,
+        **_state(call, who),
         **named("g", "bhmd", upstream),
     }
-    run("backward_votes", call, more, lambda config: B * -(-S // config.block_n))
+    flags = {"PLACED": who.position is not None}
+    run("backward_votes", call, more, lambda config: B * -(-S // config.block_n), flags)
     head = who.head // (H // Hkv)
     found.query[:, who.head] += by_vote @ call.key[:, head]
     found.key[:, head] += selected.to(found.key.dtype)
-    return found, by_strength.sum().to(strength.dtype)
+    return SelectiveGradients(found, by_strength.sum().to(strength.dtype), by_earlier)
 
 
-def penalties(call: Call, who: Selection) -> Tensor:
-    """Return F times log2(e), ``[B, L, S]`` with padded rows, in 16 bit for 16-bit inputs."""
+def spans(call: Call) -> Iterator[slice]:
+    """Yield the rows of each strip."""
+    B, _, _, L, S = call.sizes
+    height = max(1, LARGEST_PENALTY // (call.query.element_size() * max(1, B * S) * _STRIP)) * _STRIP
+    yield from (slice(start, min(L, start + height)) for start in range(0, max(1, L), height))
+
+
+def count(call: Call, who: Selection, *, exact: bool = False) -> Votes:
+    """Count the votes of the queries of a call. The penalty has 16 bit for 16-bit inputs, if not ``exact``."""
     B, H, Hkv, L, S = call.sizes
-    dtype = torch.float32 if call.query.dtype == torch.float32 else torch.float16
+    dtype = torch.float32 if exact or call.query.dtype == torch.float32 else torch.float16
     penalty = torch.zeros(B, L, -(-S // _ROW) * _ROW, dtype=dtype, device=call.query.device)[:, :, :S]
+    received = torch.empty_like(who.earlier)
+    limit = death = None
+    if skips(call, who):
+        limit, death = _limit(call), torch.empty(B, S, dtype=torch.int32, device=call.query.device)
     query, key = call.query[:, who.head], call.key[:, who.head // (H // Hkv)]
     more = {
         "Q": query,
         "K": key,
         "Penalty": penalty,
+        "Received": received,
+        "Limit": limit,
+        "Death": death,
         "largest": torch.finfo(dtype).max,
-        **_protection(call, who),
+        **_state(call, who),
         **named("q", "bmd", query),
         **named("k", "bnd", key),
         "stride_pb": penalty.stride(0),
@@ -83,10 +200,38 @@ def penalties(call: Call, who: Selection) -> Tensor:
         more |= {"Mask": of_head, **named("m", "bmn", of_head)}
     if call.slopes is not None:
         more["Slopes"] = call.slopes[who.head]
-    run("votes", call, more, lambda config: B * -(-S // config.block_n))
-    return penalty
+    flags = {"PLACED": who.position is not None, "SKIPS": death is not None}
+    run("votes", call, more, lambda config: B * -(-S // config.block_n), flags)
+    return Votes(penalty, received, death)
 
 
-def _protection(call: Call, who: Selection) -> dict[str, object]:
+def skips(call: Call, who: Selection) -> bool:
+    """Whether every query sees itself, on which nobody votes: then a key with enough votes counts for nothing."""
+    B, _, _, L, S = call.sizes
+    how = call.how
+    itself = how.is_causal and how.offset + L <= S and call.mask is None and who.position is None
+    return itself and how.window is None and call.slopes is None and not few(call) and S >= SHORTEST_SKIP and B > 0
+
+
+def _limit(call: Call) -> Tensor:
+    """Return the penalty, times log2(e), that leaves no weight worth counting, ``[B]``.
+
+    The weight of key j for query i is at most exp(z_ij - F_ij - z_ii), as key i is penalised by nobody, and logits are
+    at most scale |q| |k|.
+    """
+    _, H, Hkv, _, S = call.sizes
+    query, key = (torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).amax(2) for x in (call.query, call.key))
+    logit: Tensor = abs(call.how.scale) * (query * key.repeat_interleave(H // Hkv, 1)).amax(1)
+    if call.how.softcap is not None:
+        logit = logit.clamp(max=call.how.softcap)
+    return LOG2E * 2 * logit + math.log2(S / NEGLIGIBLE)
+
+
+def _state(call: Call, who: Selection) -> dict[str, object]:
     protected = who.protected.view(torch.uint8).expand(call.query.shape[0], -1)
-    return {"Protected": protected, "stride_cb": protected.stride(0)}
+    return {
+        "Protected": protected,
+        "stride_cb": protected.stride(0),
+        "Earlier": who.earlier,
+        "Position": who.position,
+    }

@@ -8,7 +8,8 @@ from attnrewrite.kernels.generation.emit import Emitted
 
 _FULL = {
     *("Lse", "Delta", "QueryTau", "ValueTau", "Sinks", "Slopes", "Strength"),
-    *("DSelected", "DStrength", "DQueryTau", "DValueTau", "DBias"),
+    *("Earlier", "Received", "Limit", "Later", "Parts", "PartLse"),
+    *("DSelected", "DStrength", "DEarlier", "DQueryTau", "DValueTau", "DBias"),
 }
 """Parameters that are float32 whatever the inputs are."""
 _NUMBERS = ("scale", "softcap", "kept", "largest")
@@ -16,7 +17,8 @@ _NUMBERS = ("scale", "softcap", "kept", "largest")
 
 def types(kernel: Emitted, dtype: str, mask: str = "u8") -> dict[str, str]:
     """Return the type of every parameter, for inputs of ``dtype`` ("bf16") and any length."""
-    fixed = {"Mask": f"*{mask}", "Protected": "*u8", "Seed": "*i64", "threshold": "i64"}
+    fixed = {"Mask": f"*{mask}", "Protected": "*u8", "Seed": "*i64", "Position": "*i64", "threshold": "i64"}
+    fixed |= dict.fromkeys(("Death", "Live", "Lives"), "*i32")
     fixed |= {"Penalty": "*fp32" if dtype == "fp32" else "*fp16"}
     fixed |= dict.fromkeys(_FULL, "*fp32") | dict.fromkeys(_NUMBERS, "fp32")
     return {name: fixed.get(name) or _type(name, dtype) for name in kernel.parameters}

@@ -32,6 +32,11 @@ class Emitted:
     digest: str
     parameters: tuple[str, ...]
 
+    @property
+    def stem(self) -> str:
+        """The name of its file, without suffix."""
+        return f"{self.name}_{self.digest[:16]}"
+
 
 def emit(template: str, name: str, flags: Mapping[str, Flag]) -> Emitted:
     """Specialise function ``name`` of the module ``template`` of ``kernels/templates`` for ``flags``.

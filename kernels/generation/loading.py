@@ -42,7 +42,7 @@ def load(kernel: Emitted) -> Any:
 
 def write(kernel: Emitted, directory: Path) -> Path:
     """Write the kernel's file, in one step, unless it is there. Raises OSError."""
-    path = directory / f"{kernel.name}_{kernel.digest[:16]}.py"
+    path = directory / f"{kernel.stem}.py"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=directory, suffix=".tmp", delete=False, encoding="utf-8") as file:

@@ -56,7 +56,8 @@ def attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
-    if generated(query, value):
+    plain = softcap is None and window is None and (attn_mask is None or not is_causal)
+    if generated(query, value, fused=plain):
         from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
 
         check_attention(

@@ -45,22 +45,12 @@ def selective_attention(
     strength = gamma if isinstance(gamma, Tensor) else query.new_full((), gamma, dtype=accumulation_dtype(query.dtype))
     bias = "its bias needs a gradient" if attn_mask is not None and attn_mask.requires_grad else None
     if generated(query, value, bias, None if vote_query is None else "its votes are those of a selector"):
-        from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
+        from attnrewrite.kernels.dense.selective_op import selective_kernels  # defines an operator
 
-        return dense_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            factor,
-            window,
-            softcap,
-            gamma=strength,
-            selection_head=selection_head,
-            protect_first=protect_first,
-        )
+        how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p)
+        seed = strips.draw_seed(query, dropout_p)
+        tensors = (query, key, value, strength, attn_mask, seed)
+        return selective_kernels(*tensors, how, selection_head=selection_head, protect_first=protect_first)[0]
     seed = strips.draw_seed(query, dropout_p)
     numbers = (factor, dropout_p, is_causal, window, softcap, selection_head, protect_first)
     out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers, vote_query, vote_key)

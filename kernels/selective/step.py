@@ -10,6 +10,7 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
+from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.selective.backward import gradients
 from attnrewrite.kernels.selective.ballot import Ballot, attend, selector
@@ -18,7 +19,6 @@ from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.visibility import accumulation_dtype, full_precision
 
 
-@torch.library.custom_op("attnrewrite::selective_decode", mutates_args=())
 def step(
     query: Tensor,
     key: Tensor,
@@ -47,6 +47,77 @@ def step(
     queries are the newest keys. ``budget`` is a number, with which ``recent`` is 1; ``seed`` is what
     ``strips.draw_seed`` drew.
     """
+    reasons = (
+        "its bias needs a gradient" if attn_mask is not None and attn_mask.requires_grad else None,
+        "its votes are those of a selector" if vote_query is not None else None,
+        "a budget evicts keys" if budget is not None else None,
+    )
+    if generated(query, value, *reasons):
+        from attnrewrite.kernels.dense.selective_op import selective_kernels  # defines an operator
+
+        how = Options(scale, position is None, None if position is not None else window, softcap, dropout_p=dropout_p)
+        how = replace(how, offset=key.shape[2] - query.shape[2] if position is None else 0)
+        return selective_kernels(
+            query,
+            key,
+            value,
+            gamma,
+            attn_mask,
+            seed,
+            how,
+            selection_head=selection_head,
+            protect_first=protect_first,
+            votes=votes,
+            protected=protected,
+            position=position,
+            recent=recent,
+        )
+    found: tuple[Tensor, Tensor, Tensor] = _step(
+        query,
+        key,
+        value,
+        gamma,
+        votes,
+        protected,
+        attn_mask,
+        position,
+        seed,
+        budget,
+        scale,
+        dropout_p,
+        window,
+        softcap,
+        selection_head,
+        protect_first,
+        vote_query,
+        vote_key,
+        recent,
+    )
+    return found
+
+
+@torch.library.custom_op("attnrewrite::selective_decode", mutates_args=())
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    votes: Tensor,
+    protected: Tensor,
+    attn_mask: Tensor | None,
+    position: Tensor | None,
+    seed: Tensor | None,
+    budget: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    window: int | None,
+    softcap: float | None,
+    selection_head: int,
+    protect_first: bool,
+    vote_query: Tensor | None = None,
+    vote_key: Tensor | None = None,
+    recent: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
     how = strips.options(seed, scale, dropout_p, True, window, softcap)
     own = selector(vote_query, vote_key)
     ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first, own)
@@ -78,7 +149,7 @@ def _ballot(
     return ballot
 
 
-@step.register_fake
+@_step.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, gamma: Tensor, votes: Tensor, protected: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
@@ -173,7 +244,7 @@ def _differentiate(ctx: Any, upstream: Tensor, by_state: Tensor, _: Any) -> tupl
     return *found[:4], found[7], None, by_bias, *(None for _ in range(9)), *by_selector, None
 
 
-step.register_autograd(_differentiate, setup_context=_remember)
+_step.register_autograd(_differentiate, setup_context=_remember)
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_decode)

@@ -15,7 +15,7 @@ from torch import Tensor
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.ssa import reference
-from attnrewrite.kernels.ssa.reference import check_ssa, scaled
+from attnrewrite.kernels.ssa.reference import check_ssa, scaled, through_scaled
 from attnrewrite.kernels.visibility import full_precision
 
 
@@ -120,8 +120,8 @@ def _backward(
     with full_precision(query.device):
         q, v = scaled(query, query_temperature), scaled(value, value_temperature)
         found = strips.backward(upstream, q, key, v, out, attn_mask, how, bias_needs_grad)
-        by_query, by_warmth = _through_product(found.query, query, query_temperature)
-        by_value, by_gain = _through_product(found.value, value, value_temperature)
+        by_query, by_warmth = through_scaled(found.query, query, query_temperature)
+        by_value, by_gain = through_scaled(found.value, value, value_temperature)
     bias = query.new_empty(0) if found.bias is None or attn_mask is None else found.bias.to(attn_mask.dtype)
     return by_query, found.key.to(key.dtype), by_value, by_warmth, by_gain, bias
 
@@ -141,12 +141,6 @@ def _(
     q, k, v, q_tau, v_tau = (torch.empty_like(x) for x in (query, key, value, query_temperature, value_temperature))
     bias = query.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
     return q, k, v, q_tau, v_tau, bias
-
-
-def _through_product(upstream: Tensor, states: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients by both factors of ``states * factor``."""
-    by_states = (upstream * factor.to(upstream.dtype).unsqueeze(-1)).to(states.dtype)
-    return by_states, (upstream * states.to(upstream.dtype)).sum(-1).to(factor.dtype)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

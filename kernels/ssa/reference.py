@@ -134,6 +134,12 @@ def scaled(states: Tensor, factor: Tensor) -> Tensor:
     return (states.to(dtype) * factor.to(dtype).unsqueeze(-1)).to(states.dtype)
 
 
+def through_scaled(upstream: Tensor, states: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by both factors of ``scaled``."""
+    by_states = (upstream * factor.to(upstream.dtype).unsqueeze(-1)).to(states.dtype)
+    return by_states, (upstream * states.to(upstream.dtype)).sum(-1).to(factor.dtype)
+
+
 def _check_temperature(projection: Tensor, gate: Tensor | None, gain: float | Tensor, positions: Tensor) -> None:
     if projection.dim() != 4 or not projection.is_floating_point():
         raise error(

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.dense.choice import generated
-from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.symmetric import reference
-from attnrewrite.kernels.symmetric.reference import check_symmetric, pairwise_query
+from attnrewrite.kernels.symmetric.reference import check_symmetric, pairwise_query, through_pair
 from attnrewrite.kernels.visibility import full_precision
 
 
@@ -39,10 +38,12 @@ def symmetric_attention(
     """Compute ``reference.symmetric_attention`` on generated kernels, or in strips; with a closed-form backward."""
     check_symmetric(shared, value, pair, attn_mask, dropout_p, is_causal, enable_gqa, window=window, softcap=softcap)
     factor = shared.shape[-1] ** -0.5 if scale is None else scale
-    if not mask_self and generated(shared, value):
-        query = shared if pair is None else pairwise_query(shared, pair)
-        return attention(query, shared, value, attn_mask, dropout_p, is_causal, factor, enable_gqa, window, softcap)
     seed = strips.draw_seed(shared, dropout_p)
+    if generated(shared, value, "queries do not see themselves" if mask_self else None):
+        from attnrewrite.kernels.dense.symmetric_op import symmetric_kernels  # defines an operator
+
+        how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p)
+        return symmetric_kernels(shared, value, pair, attn_mask, seed, how)
     out: Tensor = _forward(
         shared, value, pair, attn_mask, seed, factor, dropout_p, is_causal, window, softcap, mask_self
     )
@@ -103,7 +104,7 @@ def _backward(
         if pair is None:
             by_shared, by_pair = found.query + found.key, shared.new_empty(0)
         else:
-            by_query, by_pair = _through_pair(found.query, shared, pair)
+            by_query, by_pair = through_pair(found.query, shared, pair)
             by_shared = by_query + found.key
     bias = shared.new_empty(0) if found.bias is None or attn_mask is None else found.bias.to(attn_mask.dtype)
     return by_shared.to(shared.dtype), found.value.to(value.dtype), by_pair, bias
@@ -122,16 +123,6 @@ def _(
     by_pair = shared.new_empty(0) if pair is None else torch.empty_like(pair)
     bias = shared.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
     return torch.empty_like(shared), torch.empty_like(value), by_pair, bias
-
-
-def _through_pair(by_query: Tensor, shared: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what reaches r and S through the queries ``r S``."""
-    B, Hkv, L, D = shared.shape
-    by_query = by_query.view(B, Hkv, -1, L, D)  # [B, Hkv, G, L, D]
-    grouped = pair.to(by_query.dtype).view(Hkv, -1, D, D)
-    by_shared = (by_query @ grouped.mT).sum(2)
-    by_pair = (shared.to(by_query.dtype).unsqueeze(2).mT @ by_query).sum(0)  # [Hkv, G, D, D]
-    return by_shared, by_pair.view_as(pair).to(pair.dtype)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

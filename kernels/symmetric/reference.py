@@ -79,6 +79,16 @@ def pairwise_query(shared: Tensor, pair: Tensor) -> Tensor:
         return (shared.to(dtype).unsqueeze(2) @ grouped).flatten(1, 2).to(shared.dtype)
 
 
+def through_pair(by_query: Tensor, shared: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what reaches r and S through the queries ``r S``."""
+    B, Hkv, L, D = shared.shape
+    by_query = by_query.view(B, Hkv, -1, L, D)  # [B, Hkv, G, L, D]
+    grouped = pair.to(by_query.dtype).view(Hkv, -1, D, D)
+    by_shared = (by_query @ grouped.mT).sum(2)
+    by_pair = (shared.to(by_query.dtype).unsqueeze(2).mT @ by_query).sum(0)  # [Hkv, G, D, D]
+    return by_shared, by_pair.view_as(pair).to(pair.dtype)
+
+
 def check_symmetric(
     shared: Tensor,
     value: Tensor,

@@ -21,6 +21,7 @@ def attention_backward_keys(
     ValueTau,  # [B, Hkv, S]
     Mask,  # [B, H, L, S], any stride may be 0
     Penalty,  # [B, L, S], times log2(e)
+    Death,  # [B, S], the first row from which on a key counts for nothing
     Strength,  # of the penalty, one number
     Slopes,  # [H]
     Seed,  # one int64
@@ -68,6 +69,7 @@ def attention_backward_keys(
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
     PENALTY: tl.constexpr,
+    SKIPS: tl.constexpr,  # whether to leave out what Death says
     TEMPERATURES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
@@ -120,6 +122,9 @@ def attention_backward_keys(
     if WINDOW:
         high = tl.minimum(L, tl.maximum(0, first + BLOCK_N - 1 + window - offset))
         all_high = tl.minimum(all_high, tl.maximum(0, first + window - offset) // BLOCK_M * BLOCK_M)
+    if SKIPS:
+        high = tl.minimum(high, tl.max(tl.load(Death + b * S + cols, mask=cols < S, other=0), 0))
+        all_high = tl.minimum(all_high, high // BLOCK_M * BLOCK_M)
     all_low = tl.minimum(all_low, tl.maximum(low, tl.cdiv(high, BLOCK_M) * BLOCK_M))
     all_high = tl.maximum(all_low, all_high)
 

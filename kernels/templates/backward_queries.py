@@ -21,6 +21,8 @@ def attention_backward_queries(
     ValueTau,  # [B, Hkv, S]
     Mask,  # [B, H, L, S], any stride may be 0
     Penalty,  # [B, L, S], times log2(e)
+    Live,  # [B, blocks of rows, blocks of keys]: blocks of keys that count for a block of rows, in order
+    Lives,  # [B, blocks of rows], how many
     Strength,  # of the penalty, one number
     Slopes,  # [H]
     Seed,  # one int64
@@ -68,6 +70,7 @@ def attention_backward_queries(
     ALIBI: tl.constexpr,
     DROPOUT: tl.constexpr,
     PENALTY: tl.constexpr,
+    SKIPS: tl.constexpr,  # whether Live says what to visit of the keys that every row sees
     TEMPERATURES: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -144,13 +147,20 @@ def attention_backward_queries(
             if PART == 0:  # the edge of the window
                 start = low
                 stop = all_low
+            elif PART == 1 and SKIPS:
+                Live += (b * blocks + block) * tl.cdiv(S, BLOCK_N)
+                start = 0
+                stop = tl.load(Lives + b * blocks + block)
             elif PART == 1:  # no position hides anything
                 start = all_low
                 stop = all_high
             else:  # the diagonal, and the end of the sequence
                 start = all_high
                 stop = high
-            for first in tl.range(start, stop, BLOCK_N):
+            for at in tl.range(start, stop, 1 if PART == 1 and SKIPS else BLOCK_N):
+                first = at
+                if PART == 1 and SKIPS:
+                    first = tl.load(Live + at) * BLOCK_N
                 cols = first + n
                 j = cols[None, :]
                 place = tl.cast(first, tl.int64)

@@ -15,6 +15,10 @@ def selective_backward_votes(
     Lse,  # [B, H, L], in base 2
     Delta,  # [B, H, L], sum of out * dout over features
     DVotes,  # [B, L, S], written: gradient by the selection head's q . k, times scale; may be the memory of Penalty
+    Later,  # [B, S], gradient by the votes that the keys have received after the last query
+    Death,  # [B, S], the first row from which on a key counts for nothing
+    Position,  # of the first query among the keys, one int64
+    DEarlier,  # [B, S], written: gradient by the votes that they had received before the first
     DSelected,  # [B, S, D], written: what the votes add to the gradient of the selection head's keys
     DStrength,  # [B, S], written: the gradient by the strength, key by key
     Mask,  # [B, H, L, S], any stride may be 0
@@ -63,6 +67,8 @@ def selective_backward_votes(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    PLACED: tl.constexpr,  # whether the position is what offset would be
+    SKIPS: tl.constexpr,  # whether to leave out what Death says
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
@@ -102,7 +108,20 @@ def selective_backward_votes(
         low = tl.maximum(0, first - offset) // BLOCK_M * BLOCK_M
     if WINDOW:
         high = tl.minimum(L, tl.maximum(0, first + BLOCK_N - 1 + window - offset))
+    if PLACED:
+        offset = tl.load(Position).to(tl.int32)
+    if SKIPS:
+        # No row from here on has a weight for these keys, so that votes of such rows have no gradient.
+        death = tl.max(tl.load(Death + b * S + cols, mask=cols < S, other=0), 0)
+        dead = tl.minimum(high, tl.maximum(low, tl.cdiv(death, BLOCK_M) * BLOCK_M))
+        for first_row in tl.range(dead, high, BLOCK_M):
+            rows = first_row + m
+            i = rows[:, None]
+            none = tl.zeros([BLOCK_M, BLOCK_N], DVotes.dtype.element_ty)
+            tl.store(DVotes + i.to(tl.int64) * stride_pm + j, none, mask=(i < L) & (j < S))
+        high = dead
     steps = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
+    later = tl.load(Later + b * S + cols, mask=cols < S, other=0.0)
     below = tl.zeros([BLOCK_N], tl.float32)  # gradients by the logits, summed over heads and the rows below
     by_strength = tl.zeros([BLOCK_N], tl.float32)
     dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
@@ -172,7 +191,7 @@ def selective_backward_votes(
         pair = i.to(tl.int64) * stride_pm + j
         penalty = tl.load(Penalty + pair, mask=inside, other=0.0).to(tl.float32)
         by_strength -= tl.sum(tl.where(total == 0.0, 0.0, total * penalty), 0)
-        by_vote = -strength * (below[None, :] + tl.dot(after, total, input_precision=SUM_PRECISION))
+        by_vote = later[None, :] - strength * (below[None, :] + tl.dot(after, total, input_precision=SUM_PRECISION))
         below += tl.sum(total, 0)
 
         # The vote itself once more, to see whether it was cast.
@@ -226,4 +245,5 @@ def selective_backward_votes(
 
     column = (b * S + cols)[:, None]
     tl.store(DSelected + column * D + d[None, :], dk, mask=(cols[:, None] < S) & (d[None, :] < D))
+    tl.store(DEarlier + b * S + cols, later - strength * below, mask=cols < S)
     tl.store(DStrength + b * S + cols, by_strength / LOG2E, mask=cols < S)

@@ -13,10 +13,13 @@ def attention_forward(
     V,  # [B, Hkv, S, Dv]
     Out,  # [B, H, L, Dv]
     Lse,  # [B, H, L], in base 2
+    Pair,  # [H, D, D], what the queries are multiplied with
     QueryTau,  # [B, H, L]
     ValueTau,  # [B, Hkv, S]
     Mask,  # [B, H, L, S], any stride may be 0
     Penalty,  # [B, L, S], times log2(e)
+    Live,  # [B, blocks of rows, blocks of keys]: blocks of keys that count for a block of rows, in order
+    Lives,  # [B, blocks of rows], how many
     Strength,  # of the penalty, one number
     Sinks,  # [H]
     Slopes,  # [H]
@@ -65,6 +68,8 @@ def attention_forward(
     SINKS: tl.constexpr,
     DROPOUT: tl.constexpr,
     PENALTY: tl.constexpr,
+    SKIPS: tl.constexpr,  # whether Live says what to visit of the keys that every row sees
+    PAIR: tl.constexpr,
     TEMPERATURES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -99,6 +104,13 @@ def attention_forward(
     K += b * stride_kb + hk * stride_kh
     V += b * stride_vb + hk * stride_vh
     q = tile(Q, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
+    if PAIR:
+        Pair += h * D * D
+        factor = tile(Pair, d[:, None], d[None, :], D, 1, D, D < PAD_D, D, PAD_D)
+        if UPCAST:
+            q = q.to(tl.float32)
+            factor = factor.to(tl.float32)
+        q = narrow(tl.dot(q, factor, input_precision=PRECISION), Q, UPCAST)
     if TEMPERATURES:
         tau = tl.load(QueryTau + bh.to(tl.int64) * L + rows, mask=rows < L, other=0.0).to(tl.float32)
         q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
@@ -142,13 +154,20 @@ def attention_forward(
             if PART == 0:  # the edge of the window
                 start = low
                 stop = all_low
+            elif PART == 1 and SKIPS:
+                Live += (b * blocks + block) * tl.cdiv(S, BLOCK_N)
+                start = 0
+                stop = tl.load(Lives + b * blocks + block)
             elif PART == 1:  # no position hides anything
                 start = all_low
                 stop = all_high
             else:  # the diagonal, and the end of the sequence
                 start = all_high
                 stop = high
-            for first in tl.range(start, stop, BLOCK_N):
+            for at in tl.range(start, stop, 1 if PART == 1 and SKIPS else BLOCK_N):
+                first = at
+                if PART == 1 and SKIPS:
+                    first = tl.load(Live + at) * BLOCK_N
                 cols = first + n
                 j = cols[None, :]
                 if DESCRIPTORS:

@@ -10,8 +10,14 @@ from attnrewrite.kernels.templates.scores import LOG2E, scored, tile
 def selective_votes(
     Q,  # [B, L, D], of the selection head
     K,  # [B, S, D]
-    Penalty,  # [B, L, S], written: F times log2(e)
+    Earlier,  # [B, S], votes that the keys have received before the first of these queries
     Protected,  # [B, S], keys on which nobody may vote
+    Position,  # of the first query among the keys, one int64
+    Limit,  # [B], at which penalty, times log2(e), no weight is left worth counting
+    Strength,  # of the penalty, one number
+    Penalty,  # [B, L, S], written: F times log2(e)
+    Received,  # [B, S], written: votes after the last query
+    Death,  # [B, S], written: the first row from which on a key counts for nothing; L if there is none
     Mask,  # [B, L, S], any stride may be 0
     Slopes,  # of the selection head, one number
     stride_qb,
@@ -40,13 +46,18 @@ def selective_votes(
     MASK: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ALIBI: tl.constexpr,
+    PLACED: tl.constexpr,  # whether the position is what offset would be
+    SKIPS: tl.constexpr,  # whether to write Death
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write F[i, j], the sum of max(logit[k, j], 0) over k < i that may vote on j, down a block of keys."""
+    """Write F[i, j], the sum of max(logit[k, j], 0) over k < i that may vote on j, down a block of keys.
+
+    A key in a cache that was evicted has received infinite votes.
+    """
     ADDED: tl.constexpr = SOFTCAP or ALIBI or MASK == "bias"
     blocks = tl.cdiv(S, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -68,7 +79,13 @@ def selective_votes(
     slope = 0.0
     if ALIBI:
         slope = tl.load(Slopes).to(tl.float32)
-    received = tl.zeros([BLOCK_N], tl.float32)
+    received = tl.load(Earlier + b * S + cols, mask=cols < S, other=0.0) * LOG2E
+    if PLACED:
+        offset = tl.load(Position).to(tl.int32)
+    if SKIPS:
+        limit = tl.load(Limit + b)
+        strength = tl.load(Strength).to(tl.float32)
+        death = tl.zeros([BLOCK_N], tl.int32) + L
     before = (m[:, None] > m[None, :]).to(tl.float32)  # strictly earlier rows
 
     low = 0
@@ -81,6 +98,8 @@ def selective_votes(
         rows = first_row + m
         i = rows[:, None]
         Q_tile = Q + tl.cast(first_row, tl.int64) * stride_qm
+        if SKIPS:
+            death = tl.where((received * strength > limit) & (death == L), first_row, death)
         q = tile(Q_tile, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
         if UPCAST:
             q = q.to(tl.float32)
@@ -116,7 +135,12 @@ def selective_votes(
         votes = tl.where(may_vote & ((s > 0.0) | (s != s)), s, 0.0)  # NaN stays NaN
         penalty = received[None, :] + tl.dot(before, votes, input_precision=SUM_PRECISION)
         # 0 where nobody looks: backward writes in the place of the pairs that it visits, and reads all.
-        penalty = tl.where(s == float("-inf"), 0.0, tl.minimum(penalty, largest))
+        penalty = tl.where(penalty == float("inf"), penalty, tl.minimum(penalty, largest))
+        penalty = tl.where(s == float("-inf"), 0.0, penalty)
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)
+
+    tl.store(Received + b * S + cols, received / LOG2E, mask=cols < S)
+    if SKIPS:
+        tl.store(Death + b * S + cols, death, mask=cols < S)

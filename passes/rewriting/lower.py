@@ -12,6 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnrewrite.kernels.dense.names import OPERATORS, kernel_names
 from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors, nodes_read
 from attnrewrite.passes.graph.axes import ALIASES
@@ -38,8 +39,11 @@ class Lowering:
             self.memo[key] = _traced(site, rule, request, extra, nodes)
         return self.memo[key], nodes
 
-    def replace(self, site: Attention, rule: Rule, request: Request) -> str:
-        """Rewrite ``site`` in its graph; return what it runs on: "triton", "fused" or "reference"."""
+    def replace(self, site: Attention, rule: Rule, request: Request) -> tuple[str, list[str]]:
+        """Rewrite ``site`` in its graph; return what it runs on, and the names of generated kernels.
+
+        It is "triton", "fused" or "reference".
+        """
         traced, nodes = self.traced(site, rule, request)
         graph = site.output.graph
         with graph.inserting_before(site.output):
@@ -101,10 +105,15 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     )
 
 
-def _implementation(traced: fx.GraphModule, request: Request) -> str:
-    if any(op(node) == "attnrewrite::dense_attention" for node in traced.graph.nodes):
-        return "triton"
-    return "fused" if request.variant == "sdpa" else "reference"
+def _implementation(traced: fx.GraphModule, request: Request) -> tuple[str, list[str]]:
+    calls = [node for node in traced.graph.nodes if op(node) in OPERATORS]
+    if not calls:
+        return "fused" if request.variant == "sdpa" else "reference", []
+    names: list[str] = []
+    for node in calls:
+        values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args]
+        names += kernel_names(op(node), values, learns=torch.is_grad_enabled())
+    return "triton", list(dict.fromkeys(names))
 
 
 def _trace(function: object, values: list[object]) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from attnrewrite import (
     convert,
 )
 from attnrewrite.backend import Backend
+from attnrewrite.kernels.generation.loading import load
+from attnrewrite.passes.report import Site
 
 IDS = torch.arange(24).view(2, 12) % 96
 INPUTS = {"input_ids": IDS, "use_cache": False}
@@ -33,12 +36,14 @@ def step(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def compiled(model: torch.nn.Module, kernels: Any) -> tuple[list[torch.Tensor], list[str]]:
+    outputs, sites = compiled_sites(model, kernels)
+    return outputs, [site.implementation for site in sites]
+
+
+def compiled_sites(model: torch.nn.Module, kernels: Any) -> tuple[list[torch.Tensor], list[Site]]:
     torch._dynamo.reset()
-    found: list[str] = []
-    backend = Backend(
-        inner="aot_eager", kernels=kernels, report=lambda x: found.extend(s.implementation for s in x.sites)
-    )
-    model.compile(backend=backend)
+    found: list[Site] = []
+    model.compile(backend=Backend(inner="aot_eager", kernels=kernels, report=lambda x: found.extend(x.sites)))
     return step(model), found
 
 
@@ -59,6 +64,18 @@ def test_a_model_computes_and_learns_the_same_on_kernels(config: VariantConfig |
     assert run == ["triton"]
     for a, b in zip(found, reference, strict=True):
         assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_the_report_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ATTNREWRITE_DUMP_DIR", str(tmp_path))
+    load.cache_clear()
+    model = convert(llama(num_hidden_layers=1), SelectiveConfig(), example_kwargs=INPUTS)
+    _, sites = compiled_sites(model, "triton")
+    names = {path.stem for path in tmp_path.iterdir()}
+    assert len(names) == 7
+    assert set(sites[0].kernels) == names
+    _, sites = compiled_sites(model, "reference")
+    assert not sites[0].kernels
 
 
 def test_eager_attention_goes_to_the_plain_kernel() -> None:

@@ -1,7 +1,8 @@
 """attention_backward_keys, specialised by attnrewrite from its template backward_keys.py.
 
 ALIBI = False, CAUSAL = False, D = 80, DROPOUT = False, DV = 80, GROUP = 1, MASK = 'none', PAD_D = 128, PAD_DV = 128,
-PENALTY = False, PRECISION = 'ieee', SOFTCAP = False, TEMPERATURES = False, UPCAST = False, WINDOW = False
+PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST = False, WINDOW =
+False
 
 Digest a9d08388d67b1bcbf9f9352d7e2e14313385a24b815421ba75e8eeae03677d50.
 """

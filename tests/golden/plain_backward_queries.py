@@ -1,10 +1,10 @@
 """attention_backward_queries, specialised by attnrewrite from its template backward_queries.py.
 
 ALIBI = False, BIAS_GRADIENT = False, CAUSAL = True, D = 64, DROPOUT = True, DV = 64, GROUP = 1, MASK = 'none', PAD_D =
-64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SOFTCAP = True, TEMPERATURES = False, UPCAST = False, WINDOW =
-False
+64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = True, TEMPERATURES = False, UPCAST =
+False, WINDOW = False
 
-Digest 2800ac96ad9b7b83cfde5bfec8c92727036b3b1f866d1e0c4a5c4bf12bd266c1.
+Digest dd6d197aa943a4efca39966daf805199d43076851a18808de900e9777cbc2db1.
 """
 
 import triton
@@ -85,7 +85,8 @@ def attention_backward_queries(
     dq = tl.zeros([BLOCK_M, 64], tl.float32)
     start = all_low
     stop = all_high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)
@@ -112,7 +113,8 @@ def attention_backward_queries(
         dq += tl.dot(ds, k, input_precision='ieee')
     start = all_high
     stop = high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)

@@ -1,10 +1,10 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
 ALIBI = False, CAUSAL = True, D = 64, DESCRIPTORS = False, DROPOUT = False, DV = 64, GROUP = 1, MASK = 'none', PAD_D =
-64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SINKS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST =
-False, WINDOW = False
+64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES =
+False, UPCAST = False, WINDOW = False
 
-Digest 70dfb413205c745df182b8d4fbb5b486f0af4990225037da477cdaee5179a8ac.
+Digest c9bdc9410bae5c85c524129993492a445d78cb414dfb24937855bbf58083eb8e.
 """
 
 import triton
@@ -74,7 +74,8 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, 64], tl.float32)
     start = all_low
     stop = all_high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)
@@ -94,7 +95,8 @@ def attention_forward(
         best = higher
     start = all_high
     stop = high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)

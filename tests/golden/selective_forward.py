@@ -1,10 +1,10 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
 ALIBI = False, CAUSAL = True, D = 128, DESCRIPTORS = False, DROPOUT = False, DV = 128, GROUP = 1, MASK = 'none', PAD_D =
-128, PAD_DV = 128, PENALTY = True, PRECISION = 'ieee', SINKS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST =
-False, WINDOW = True
+128, PAD_DV = 128, PENALTY = True, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES =
+False, UPCAST = False, WINDOW = True
 
-Digest 3eab568b9fa9f00e9876d75cfb8299f315fc052da2f705fdbdc7e3438a045a60.
+Digest 95cb42428bf5a6d19869719028a65963529c4e765bb0ff5b33f8fa8f611ec616.
 """
 
 import triton
@@ -91,7 +91,8 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, 128], tl.float32)
     start = low
     stop = all_low
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)
@@ -117,7 +118,8 @@ def attention_forward(
         best = higher
     start = all_low
     stop = all_high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)
@@ -140,7 +142,8 @@ def attention_forward(
         best = higher
     start = all_high
     stop = high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)

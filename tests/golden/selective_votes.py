@@ -1,9 +1,9 @@
 """selective_votes, specialised by attnrewrite from its template votes.py.
 
-ALIBI = False, CAUSAL = True, D = 64, MASK = 'none', PAD_D = 64, PRECISION = 'ieee', SOFTCAP = False, SUM_PRECISION =
-'tf32', UPCAST = False, WINDOW = False
+ALIBI = False, CAUSAL = True, D = 64, MASK = 'none', PAD_D = 64, PLACED = False, PRECISION = 'ieee', SKIPS = False,
+SOFTCAP = False, SUM_PRECISION = 'tf32', UPCAST = False, WINDOW = False
 
-Digest d62311676efeb521cb9c9dabe189ed7061079c5ed62ac713c6a241d4e2f86111.
+Digest fdcb2a3583669d8f1f8035a206e45983a49f1c3592ca51bd19987bd2e45f6840.
 """
 
 import triton
@@ -16,8 +16,10 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def selective_votes(
     Q,  # [B, L, D], of the selection head
     K,  # [B, S, D]
-    Penalty,  # [B, L, S], written: F times log2(e)
+    Earlier,  # [B, S], votes that the keys have received before the first of these queries
     Protected,  # [B, S], keys on which nobody may vote
+    Penalty,  # [B, L, S], written: F times log2(e)
+    Received,  # [B, S], written: votes after the last query
     stride_qb,
     stride_qm,
     stride_qd,
@@ -35,7 +37,9 @@ def selective_votes(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write F[i, j], the sum of max(logit[k, j], 0) over k < i that may vote on j, down a block of keys."""
+    """Write F[i, j], the sum of max(logit[k, j], 0) over k < i that may vote on j, down a block of keys.
+
+    A key in a cache that was evicted has received infinite votes."""
     blocks = tl.cdiv(S, BLOCK_N)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * BLOCK_N
@@ -49,7 +53,7 @@ def selective_votes(
     free = tl.load(Protected + b * stride_cb + cols, mask=cols < S, other=1) == 0
     Q += b * stride_qb
     Penalty += b * stride_pb
-    received = tl.zeros([BLOCK_N], tl.float32)
+    received = tl.load(Earlier + b * S + cols, mask=cols < S, other=0.0) * LOG2E
     before = (m[:, None] > m[None, :]).to(tl.float32)  # strictly earlier rows
 
     low = 0
@@ -72,7 +76,10 @@ def selective_votes(
         votes = tl.where(may_vote & ((s > 0.0) | (s != s)), s, 0.0)  # NaN stays NaN
         penalty = received[None, :] + tl.dot(before, votes, input_precision='tf32')
         # 0 where nobody looks: backward writes in the place of the pairs that it visits, and reads all.
-        penalty = tl.where(s == float('-inf'), 0.0, tl.minimum(penalty, largest))
+        penalty = tl.where(penalty == float('inf'), penalty, tl.minimum(penalty, largest))
+        penalty = tl.where(s == float('-inf'), 0.0, penalty)
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)
+
+    tl.store(Received + b * S + cols, received / LOG2E, mask=cols < S)

@@ -1,10 +1,10 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
 ALIBI = False, CAUSAL = False, D = 64, DESCRIPTORS = False, DROPOUT = False, DV = 64, GROUP = 4, MASK = 'keys', PAD_D =
-64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SINKS = False, SOFTCAP = False, TEMPERATURES = True, UPCAST =
-False, WINDOW = False
+64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES =
+True, UPCAST = False, WINDOW = False
 
-Digest f4fe8d15007b12d15cb9a20a784d6e1e26e58427ebf8508db2e6597ca905f92d.
+Digest bdf5c183dfd7945f25a23eca4b29547fa4b540c5fd006684493e82a8516d1748.
 """
 
 import triton
@@ -81,7 +81,8 @@ def attention_forward(
     acc = tl.zeros([BLOCK_M, 64], tl.float32)
     start = all_low
     stop = all_high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)
@@ -105,7 +106,8 @@ def attention_forward(
         best = higher
     start = all_high
     stop = high
-    for first in tl.range(start, stop, BLOCK_N):
+    for at in tl.range(start, stop, BLOCK_N):
+        first = at
         cols = first + n
         j = cols[None, :]
         place = tl.cast(first, tl.int64)

@@ -1,0 +1,192 @@
+"""The operator ``attnrewrite::selective_kernels``: selective attention on generated kernels, whole or step by step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils.flop_counter
+from torch import Tensor
+
+from attnrewrite.kernels import strips
+from attnrewrite.kernels.dense.call import Call
+from attnrewrite.kernels.dense.fallback import on_kernels
+from attnrewrite.kernels.dense.plain import plain_selective_backward, plain_selective_forward
+from attnrewrite.kernels.dense.selective import Selection, SelectiveGradients, selective_backward, selective_forward
+from attnrewrite.kernels.diagnostics import error
+from attnrewrite.kernels.selective.ballot import Ballot
+
+
+def selective_kernels(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    attn_mask: Tensor | None,
+    seed: Tensor | None,
+    how: strips.Options,
+    *,
+    selection_head: int,
+    protect_first: bool,
+    votes: Tensor | None = None,
+    protected: Tensor | None = None,
+    position: Tensor | None = None,
+    recent: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the votes after each of the last ``recent`` queries ``[B, recent, S]``, the protected keys.
+
+    ``votes`` and ``protected`` ``[B, S]`` are those before the first query, which stands at ``position``, or at the
+    offset of ``how``. The caller has checked the arguments, which are those of ``selective_attention``.
+    """
+    B, S = query.shape[0], key.shape[2]
+    before = torch.zeros(B, S, dtype=torch.float32, device=query.device) if votes is None else votes.float()
+    exempt = _protected(query, key, attn_mask, how, selection_head, protected, position) if protect_first else protected
+    if exempt is None:
+        exempt = torch.zeros(1, S, dtype=torch.bool, device=query.device)
+    numbers = (how.scale, how.dropout_p, how.is_causal, how.window, how.softcap, how.offset, selection_head, recent)
+    out, _, received = _forward(query, key, value, gamma, before, attn_mask, exempt, position, seed, *numbers)
+    return out, received, exempt.expand(B, S)
+
+
+def _protected(
+    query: Tensor,
+    key: Tensor,
+    attn_mask: Tensor | None,
+    how: strips.Options,
+    head: int,
+    earlier: Tensor | None,
+    position: Tensor | None,
+) -> Tensor:
+    """Return the keys on which nobody may vote, ``[B or 1, S]``: those that their own query sees first."""
+    S = key.shape[2]
+    if attn_mask is None and how.is_causal and position is None:
+        protected = torch.zeros(1, S, dtype=torch.bool, device=key.device) if earlier is None else earlier
+        return protected | (torch.arange(S, device=key.device) == 0) if how.offset == 0 else protected
+    ballot = Ballot(how, head, how.offset if position is None else position)
+    ballot.protect(query, key, attn_mask, earlier)
+    assert ballot.protected is not None
+    return ballot.protected
+
+
+@torch.library.custom_op("attnrewrite::selective_kernels", mutates_args=())
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    votes: Tensor,
+    attn_mask: Tensor | None,
+    protected: Tensor,
+    position: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    offset: int,
+    selection_head: int,
+    recent: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset)
+    call, who = _call(query, key, value, gamma, votes, attn_mask, protected, position, seed, how, selection_head)
+    return on_kernels(
+        call, lambda: selective_forward(call, who, recent), lambda: plain_selective_forward(call, who, recent)
+    )
+
+
+@_forward.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, gamma: Tensor, votes: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, L, _ = query.shape
+    out = query.new_empty(B, H, L, value.shape[3])
+    return out, votes.new_empty(B, H, L), votes.new_empty(B, rest[-1], key.shape[2])
+
+
+@torch.library.custom_op("attnrewrite::selective_kernels_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    later: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    votes: Tensor,
+    attn_mask: Tensor | None,
+    protected: Tensor,
+    position: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    offset: int,
+    selection_head: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients by the first five inputs of the operator."""
+    how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset)
+    call, who = _call(query, key, value, gamma, votes, attn_mask, protected, position, seed, how, selection_head)
+
+    def on_gpu() -> SelectiveGradients:
+        return selective_backward(call, who, out, lse, upstream, later.contiguous())
+
+    found = on_kernels(call, on_gpu, lambda: plain_selective_backward(call, who, out, upstream, later), again=True)
+    return found.dense.query, found.dense.key, found.dense.value, found.strength, found.earlier
+
+
+@_backward.register_fake
+def _(upstream: Tensor, later: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:5])
+
+
+def _call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gamma: Tensor,
+    votes: Tensor,
+    attn_mask: Tensor | None,
+    protected: Tensor,
+    position: Tensor | None,
+    seed: Tensor | None,
+    how: strips.Options,
+    selection_head: int,
+) -> tuple[Call, Selection]:
+    call = Call(query, key, value, how, attn_mask, strength=gamma, seed=seed)
+    return call, Selection(selection_head, protected, votes.contiguous(), position)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *ctx.numbers, ctx.recent = inputs[9:]
+    ctx.save_for_backward(*output[:2], *inputs[:9])
+
+
+def _differentiate(ctx: Any, upstream: Tensor, _: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.recent != 1:
+        raise error("AR402", "only the votes after the last query have a gradient", hint="decode under torch.no_grad()")
+    found = _backward(upstream, later.squeeze(1), *ctx.saved_tensors, *ctx.numbers)
+    given = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:5], strict=True)]
+    return *given, *(None for _ in range(12))
+
+
+_forward.register_autograd(_differentiate, setup_context=_remember)
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_kernels)
+def _flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    B, H, L, D = query
+    return strips.flops(B, 1, L, key[2], D) + strips.flops(B, H, L, key[2], D + value[3])
+
+
+@torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_kernels_backward)
+def _backward_flops(
+    upstream: Any, later: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    # The scores are made three times: by keys, by queries, and for the votes.
+    B, H, L, D = query
+    dense = strips.flops(B, H, L, key[2], 5 * D + 4 * value[3])
+    return dense + strips.flops(B, 1, L, key[2], 4 * D)
