@@ -14,13 +14,6 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(platformdirs.user_cache_dir("attnrewrite"))
 
 
-def private(message: str, *addresses: str) -> str:
-    """Return a text without the user names and passwords of addresses such as ``redis://user:password@host``."""
-    for address in addresses:
-        message = message.replace(address, without_credentials(address))
-    return message
-
-
 def without_credentials(address: str) -> str:
     """Return an address without what stands before its ``@``."""
     scheme, separator, rest = address.partition("://")

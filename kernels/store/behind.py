@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import logging
+import threading
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 
 from attnrewrite.kernels.diagnostics import AttnRewriteError
@@ -23,6 +25,7 @@ class Shared:
         self._place: Place | None = None
         self._writer = Worker()
         self._pending: set[Future[None]] = set()
+        self._flushed_at_exit = False
 
     @property
     def address(self) -> str:
@@ -44,8 +47,9 @@ class Shared:
         place = self._open()
         if place is None or self.reason:
             return
-        if not self._pending:
-            atexit.register(self.flush)
+        if not self._flushed_at_exit:
+            self._flushed_at_exit = True
+            _before_threads_end(self.flush)
         future = self._writer.submit(lambda: place.write(record.path, record.data))
         self._pending.add(future)
         future.add_done_callback(self._sent)
@@ -67,3 +71,9 @@ class Shared:
         cause = future.exception()
         if cause is not None:
             log.info("%s refused a record: %s", self.address, cause)
+
+
+def _before_threads_end(function: Callable[[], None]) -> None:
+    """Call a function at the end of the process, while event loops can still start threads: atexit is too late."""
+    register = getattr(threading, "_register_atexit", atexit.register)
+    register(function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -39,12 +40,11 @@ def nearest(wanted: Key, records: Iterable[Record]) -> Record | None:
 
 
 def neighbours(wanted: Key) -> Iterator[Key]:
-    """Yield the keys that are a step of one bucket away: nothing is nearer."""
-    for place, (name, value) in enumerate(wanted.bucket):
-        if isinstance(value, int):
-            for step in (value - 1, value + 1):
-                moved = (*wanted.bucket[:place], (name, step), *wanted.bucket[place + 1 :])
-                yield replace(wanted, bucket=moved)
+    """Yield the keys that are at most a step away in each bucket: nothing is nearer."""
+    choices = [(value, value - 1, value + 1) if isinstance(value, int) else (value,) for _, value in wanted.bucket]
+    for values in list(itertools.product(*choices))[1:]:
+        names = (name for name, _ in wanted.bucket)
+        yield replace(wanted, bucket=tuple(zip(names, values, strict=True)))
 
 
 def family_folders(folder: Folder, family: str) -> Iterator[str]:
@@ -57,7 +57,7 @@ def _steps(wanted: Pairs, stored: Pairs) -> int:
     left, right = dict(wanted), dict(stored)
     if left.keys() != right.keys():
         return _FAR
-    return sum(_apart(left[name], right[name]) for name in left)
+    return max((_apart(left[name], right[name]) for name in left), default=0)
 
 
 def _apart(left: Value, right: Value) -> int:

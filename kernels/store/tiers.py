@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +42,7 @@ class Store:
     secret: where there is one, records are signed with it, and only those with its signature are read, except for what
         comes with this library.
     packs: the folder of what comes with this library.
+    used: is told of every record that is made or found for its own key.
     """
 
     def __init__(
@@ -52,9 +52,11 @@ class Store:
         mode: Mode = _CACHED,
         secret: bytes = b"",
         packs: Path = FOLDER,
+        used: Callable[[Record], None] = lambda record: None,
     ) -> None:
-        self.local, self.shared, self.mode, self.secret, self.packs = local, shared, mode, secret, packs
-        self.refused: Counter[Refusal] = Counter()
+        self.local, self.shared, self.mode, self.secret = local, shared, mode, secret
+        self.packs, self.used = packs, used
+        self.refused: dict[str, Refusal] = {}  # by path
         self._memory: dict[Key, Found | None] = {}
         self._bundled: dict[str, dict[Key, Record]] = {}
         self._families: dict[str, list[Record]] = {}
@@ -78,12 +80,13 @@ class Store:
         Sending it takes no time of the caller. Raises ValueError where the record is too large; what cannot be written
         is AR512, a warning.
         """
-        self._memory[record.key] = Found(record, "memory")
         if self.mode.readonly:
+            self._memory[record.key] = Found(record, "memory")
             return
         before = [other.revision for other in self._local(record.key)]
         for piece in replace(record, revision=1 + max(before, default=0)).pieces(self.secret):
             self._memory[record.key] = Found(piece, "memory")
+            self.used(piece)
             self._write(piece)
             if self.shared is not None and not self.mode.offline:
                 self.shared.put(piece)
@@ -99,7 +102,7 @@ class Store:
         """Keep a record that came from elsewhere in the local folder, as it is. Return why not, where it is refused."""
         record = read(data, path, self.secret)
         if isinstance(record, Refusal):
-            self._refuse(record)
+            self._refuse(path, record)
             return record
         self._memory.pop(record.key, None)
         if not self.mode.readonly:
@@ -114,11 +117,12 @@ class Store:
         if self.mode.search == "off" or self.mode.refresh:
             return None
         found = self._exact(key, space)
-        if found is None:
-            near = self._near(key, space)
-            self._miss(key, near)
-            found = Found(near, "near") if near else None
-        return found
+        if found is not None:
+            self.used(found.record)
+            return found
+        near = self._near(key, space)
+        self._miss(key, near)
+        return Found(near, "near") if near else None
 
     def _exact(self, key: Key, space: Space) -> Found | None:
         record = self._fit(self._local(key), space)
@@ -162,7 +166,7 @@ class Store:
             if space.valid(dict(record.winner)):
                 fitting.append(record)
             else:
-                self._refuse(Refusal.SPACE)
+                self._refuse(record.path, Refusal.SPACE)
         return best(fitting)
 
     def _local(self, key: Key) -> list[Record]:
@@ -195,7 +199,7 @@ class Store:
         for path, data in contents.items():
             record = read(data, path, self.secret)
             if isinstance(record, Refusal):
-                self._refuse(record)
+                self._refuse(path, record)
             else:
                 yield record
 
@@ -204,9 +208,9 @@ class Store:
             with self._or_warn("AR512"):
                 self.local.write(record.path, record.data)
 
-    def _refuse(self, refusal: Refusal) -> None:
-        self.refused[refusal] += 1
-        self._warn("AR513", f"the first one: {refusal}")
+    def _refuse(self, path: str, refusal: Refusal) -> None:
+        self.refused[path] = refusal
+        self._warn("AR513", f"the first one: {refusal}: {path}")
 
     @contextmanager
     def _or_warn(self, code: str) -> Iterator[None]:
