@@ -319,9 +319,9 @@ _ALL = [
     ),
     Diagnostic(
         "AR512",
-        "tuning store cannot be written",
-        "The folder of tuning records is full, read-only or not a folder. What this process tunes is kept in memory "
-        "and lost when it ends; nothing else changes.",
+        "folder of tuning records cannot be used",
+        "The folder is full, read-only, not readable or no folder. What this process tunes is kept in memory and lost "
+        "when it ends; nothing else changes.",
         "name a folder that can be written in ATTNREWRITE_CACHE_DIR, or add readonly to ATTNREWRITE_AUTOTUNE",
     ),
     Diagnostic(

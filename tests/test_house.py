@@ -71,6 +71,7 @@ def test_rooms_are_imported_by_their_full_names():
         "from attnrewrite.cli import main; main(['--version'])",
         *(f"from attnrewrite.cli import main; main([{verb!r}, '--help'])" for verb in VERBS),
         "from attnrewrite.cli import main; main(['code', 'AR203'])",
+        "from attnrewrite.cli import main; main(['cache', 'ls'])",
     ],
 )
 def test_torch_is_not_imported_early(code):

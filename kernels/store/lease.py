@@ -30,9 +30,12 @@ def lease(root: Path, key: Key, seconds: float) -> Iterator[bool]:
 
 
 def _take(path: Path, token: str, seconds: float) -> bool:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return True
     for _ in range(2):
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "w") as file:
                 file.write(token)
             return True

@@ -10,8 +10,8 @@ from attnrewrite.kernels.store.key import VERSION, Key, Pairs, Value
 from attnrewrite.kernels.store.local import Folder
 from attnrewrite.kernels.store.record import Record, best
 
-LOOKED_AT = 2048
-"""Keys of a device that are looked at: reading them takes some tenths of a second, once per process and device."""
+LOOKED_AT = 256
+"""Keys of a device that are looked at: reading them takes some tenths of a second, once per process."""
 _STEP, _SIBLING, _TRITON, _SOURCE = 1, 4, 8, 16
 _FAR = 1 << 20
 

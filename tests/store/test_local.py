@@ -83,17 +83,17 @@ def test_union_of_two_folders_is_their_merge(tmp_path):
     assert store(tmp_path / "b").find(key(8192), SPACE).tier == "local"
 
 
-@pytest.fixture(params=["a file in its place", "full"])
+@pytest.fixture(params=["a file in its place", errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT], ids=str)
 def unwritable(request, tmp_path, monkeypatch):
     root = tmp_path / "store"
-    if request.param == "full":
-
-        def full(*args, **kwargs):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root))
-
-        monkeypatch.setattr("attnrewrite.kernels.store.local.tempfile.mkstemp", full)
-    else:
+    if request.param == "a file in its place":
         root.write_text("")
+        return root
+
+    def refuse(*args, **kwargs):
+        raise OSError(request.param, os.strerror(request.param), str(root))
+
+    monkeypatch.setattr("attnrewrite.kernels.store.local.tempfile.mkstemp", refuse)
     return root
 
 
@@ -106,11 +106,15 @@ def test_what_cannot_be_written_is_kept_in_memory_with_one_warning(unwritable):
     assert [str(warning.message)[:5] for warning in warned] == ["AR512"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.warns(AttnRewriteWarning, match="AR512"):
-        store(tmp_path).put(record())
+def test_folder_that_cannot_be_read_is_one_warning(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr("attnrewrite.kernels.store.local.os.scandir", refuse)
+    here = store(tmp_path)
+    with pytest.warns(AttnRewriteWarning) as warned:
+        assert [here.find(made.key, SPACE) for made in many(3)] == [None] * 3
+    assert [str(warning.message)[:5] for warning in warned] == ["AR512"]
 
 
 def test_disk_that_gets_full_while_writing_leaves_no_part(tmp_path, monkeypatch):

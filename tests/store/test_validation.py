@@ -93,6 +93,7 @@ def test_reasons_are_told_apart():
     assert read(signed.data, signed.path) == signed  # who has no secret, asks for no signature
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module")  # threads that other tests left waiting do
 @settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=300)
