@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 VERSION = 1
 """Of keys and records: readers look at their own version only, so that two may lie side by side."""
 
+KIND = ("family", "kernel", "target", "dtypes", "dims", "flags", "deterministic")
+"""Fields without which a record says nothing about a key."""
+
 Value = bool | int | str
 Pairs = tuple[tuple[str, Value], ...]
 """A mapping that can be hashed: sorted by name."""
@@ -67,8 +70,14 @@ class Key:
 
     @cached_property
     def digest(self) -> str:
-        """The name of the key: SHA-256 of its canonical JSON."""
-        return hashlib.sha256(canonical(self.to_json())).hexdigest()
+        """The name of the key: 48 characters of the SHA-256 of its canonical JSON, and its kind."""
+        return hashlib.sha256(canonical(self.to_json())).hexdigest()[:48] + self.kind
+
+    @cached_property
+    def kind(self) -> str:
+        """What the names of keys end with that may be near: 16 characters of the SHA-256 of the fields ``KIND``."""
+        plain = self.to_json()
+        return hashlib.sha256(canonical({name: plain[name] for name in KIND})).hexdigest()[:16]
 
     @property
     def folder(self) -> str:

@@ -18,9 +18,9 @@ from attnrewrite.kernels.store.key import Key, Pairs, differences
 from attnrewrite.kernels.store.lease import lease
 from attnrewrite.kernels.store.local import Folder
 from attnrewrite.kernels.store.modes import Mode, distributed
-from attnrewrite.kernels.store.near import family_folders, nearest, neighbours
+from attnrewrite.kernels.store.near import family_folders, nearest
 from attnrewrite.kernels.store.record import Record, Timing, best, union
-from attnrewrite.kernels.store.validation import Refusal, Space, read
+from attnrewrite.kernels.store.validation import Refusal, Space, fits, read
 
 log = logging.getLogger(__name__)
 _CACHED = Mode()
@@ -59,7 +59,7 @@ class Store:
         self.refused: dict[str, Refusal] = {}  # by path
         self._memory: dict[Key, Found | None] = {}
         self._bundled: dict[str, dict[Key, Record]] = {}
-        self._families: dict[str, list[Record]] = {}
+        self._folders: dict[str, list[str]] = {}
         self._warned: set[str] = set()
 
     def find(self, key: Key, space: Space) -> Found | None:
@@ -68,11 +68,9 @@ class Store:
         The first answer for a key holds for the process. Raises TuningError AR511 in mode "strict" where nothing is
         stored for the key itself.
         """
-        try:
-            return self._memory[key]
-        except KeyError:
-            found = self._memory[key] = self._look(key, space)
-            return found
+        if key not in self._memory:
+            self._memory[key] = self._look(key, space)
+        return self._memory[key]
 
     def put(self, record: Record) -> None:
         """Keep a record in memory and, unless the mode is "readonly", in the local folder and the shared store.
@@ -96,7 +94,7 @@ class Store:
     def timings(self, key: Key, space: Space) -> Mapping[Pairs, Timing]:
         """Return what is known of each configuration of ``space`` for this key: only the others need to be timed."""
         records = [] if self.mode.refresh else [*self._local(key), *self._shared(key)]
-        return {config: timing for config, timing in union(records).items() if space.valid(dict(config))}
+        return {config: timing for config, timing in union(records).items() if fits(config, space)}
 
     def accept(self, path: str, data: bytes) -> Refusal | None:
         """Keep a record that came from elsewhere in the local folder, as it is. Return why not, where it is refused."""
@@ -110,7 +108,13 @@ class Store:
         return None
 
     def lease(self, key: Key, seconds: float) -> AbstractContextManager[bool]:
-        """Say whether this process is the one that tunes ``key``; see ``lease.py``."""
+        """Say whether this process is the one that tunes ``key``; see ``lease.py``.
+
+        Inside, ``find`` looks again: another process may have tuned it meanwhile.
+        """
+        found = self._memory.get(key)
+        if found is None or found.tier == "near":
+            self._memory.pop(key, None)
         return nullcontext(True) if self.local is None else lease(self.local.root, key, seconds)
 
     def _look(self, key: Key, space: Space) -> Found | None:
@@ -140,13 +144,8 @@ class Store:
 
     def _near(self, key: Key, space: Space) -> Record | None:
         """Return the nearest record that is here; the shared store is not listed for it."""
-        for other in neighbours(key):
-            record = self._fit(self._local(other), space)
-            if record is not None:
-                return record
-        if key.family not in self._families:
-            self._families[key.family] = [*self._came(key.family).values(), *self._family(key.family)]
-        return nearest(key, (record for record in self._families[key.family] if space.valid(dict(record.winner))))
+        records = [*self._came(key.family).values(), *self._alike(key)]
+        return nearest(key, (record for record in records if fits(record.winner, space)))
 
     def _miss(self, key: Key, near: Record | None) -> None:
         fields = "; ".join(map(str, differences(key, near.key))) if near else "nothing like it is stored"
@@ -163,7 +162,7 @@ class Store:
         """Return the record that counts among those whose winner can be run."""
         fitting = []
         for record in records:
-            if space.valid(dict(record.winner)):
+            if fits(record.winner, space):
                 fitting.append(record)
             else:
                 self._refuse(record.path, Refusal.SPACE)
@@ -184,11 +183,15 @@ class Store:
             self._warn("AR514", f"{self.shared.address}: {self.shared.reason}")
         return list(self._read(answer))
 
-    def _family(self, family: str) -> Iterator[Record]:
+    def _alike(self, key: Key) -> Iterator[Record]:
+        """Yield the records of the key's kind in the local folder, which is listed once for each family."""
         if self.local is not None:
             with self._or_warn("AR512"):
-                for folder in family_folders(self.local, family):
-                    yield from self._read(self.local.fetch(folder))
+                if key.family not in self._folders:
+                    self._folders[key.family] = family_folders(self.local, key.family)
+                for folder in self._folders[key.family]:
+                    if folder.endswith(key.kind):
+                        yield from self._read(self.local.fetch(folder))
 
     def _came(self, family: str) -> dict[Key, Record]:
         if family not in self._bundled:

@@ -21,6 +21,7 @@ Tick = Callable[[], None]
 
 _KEPT = (Refusal.VERSION, Refusal.SIGNATURE)
 """What another version of this library, or one with another secret, can still read."""
+_COMPARED = 1000
 _ABANDONED = 3600
 """Seconds after which a file that is still being written has lost its writer."""
 
@@ -60,9 +61,14 @@ def keys(folder: Folder, start: str, secret: bytes) -> Iterator[tuple[Record, li
 
 
 def closest(folder: Folder, wanted: Key, secret: bytes) -> list[tuple[Record, list[Difference]]]:
-    """Return the stored records of a key's family with the fewest fields that differ, at most three. Raises OSError."""
+    """Return the stored records of a key's kind with the fewest fields that differ, at most three.
+
+    Where there are none of its kind, those of its family are compared, up to ``_COMPARED`` keys. Raises OSError.
+    """
+    names = family_folders(folder, wanted.family)
+    alike = [name for name in names if name.endswith(wanted.kind)]
     found: dict[Key, Record] = {}
-    for name in family_folders(folder, wanted.family):
+    for name in alike or names[:_COMPARED]:
         for path, data in folder.fetch(name).items():
             record = read(data, path, secret)
             if isinstance(record, Record):

@@ -34,6 +34,14 @@ class Space(Protocol):
         """Whether the kernel can be run like this."""
 
 
+def fits(config: Pairs, space: Space) -> bool:
+    """Whether a configuration that anybody may have written is one of ``space``."""
+    try:
+        return space.valid(dict(config))
+    except (KeyError, TypeError, ValueError, OverflowError):  # a field is missing, or of another type
+        return False
+
+
 def read(data: bytes, path: str | None = None, secret: bytes = b"") -> Record | Refusal:
     """Return the record in a file's content, or why it is refused.
 

@@ -12,8 +12,9 @@ TUNER = """
 import sys, time
 from store_support import SPACE, key, record, store
 here = store(sys.argv[1])
+missing = here.find(key(), SPACE) is None
 with here.lease(key(), 60) as mine:
-    if mine and store(sys.argv[1]).find(key(), SPACE) is None:
+    if missing and mine and here.find(key(), SPACE) is None:
         time.sleep(0.2)
         here.put(record())
         print("tuned")

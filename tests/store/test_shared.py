@@ -75,9 +75,8 @@ def test_broken_records_of_a_shared_store_are_not_taken(shared_url, tmp_path):
     assert done.refused.total() == 2
 
 
+@pytest.mark.parametrize("shared_url", ["folder", "redis", "s3"], indirect=True)
 def test_records_are_sent_when_the_process_ends(shared_url, tmp_path):
-    if shared_url.startswith("memory"):
-        pytest.skip("ends with the process")
     code = "from store_support import *; from attnrewrite.kernels.store.settings import default_store\n"
     code += "here = default_store()\nfor each in many(5): here.put(each)"
     run_python(code, ATTNREWRITE_CACHE_URL=shared_url, ATTNREWRITE_CACHE_DIR=str(tmp_path / "a"))

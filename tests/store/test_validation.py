@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from store_support import CONFIG, SPACE, Nothing, key, record, store
 
 from attnrewrite.errors import AttnRewriteWarning
-from attnrewrite.kernels.store.key import canonical
+from attnrewrite.kernels.store.key import canonical, pairs
 from attnrewrite.kernels.store.misses import missed
 from attnrewrite.kernels.store.record import Record
 from attnrewrite.kernels.store.validation import Refusal, read
@@ -172,6 +172,18 @@ def test_winner_outside_the_space_is_refused(tmp_path):
         assert here.find(key(), Nothing()) is None
     assert list(here.refused.values()) == [Refusal.SPACE]
     assert here.timings(key(), Nothing()) == {}
+
+
+@pytest.mark.parametrize("config", [{"tile": 1}, {"block_m": "wide"}, {"block_m": True}])
+def test_winner_that_the_space_cannot_read_is_outside_of_it(tmp_path, config):
+    class Careless(Nothing):
+        def valid(self, config):
+            return config["block_m"] + 16 > 100
+
+    timing = replace(record().timings[0], config=pairs(config))
+    store(tmp_path).put(record(timings=(timing,), winner=timing.config))
+    with pytest.warns(AttnRewriteWarning, match="outside the space"):
+        assert store(tmp_path).find(key(), Careless()) is None
 
 
 def test_notes_of_misses_may_hold_anything(tmp_path):
