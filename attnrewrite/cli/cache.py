@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,5 +281,4 @@ def _ticking(output: Output, text: str) -> Iterator[Tick]:
     """Show how many records were looked at."""
     with output.progress() as progress:
         task = progress.add_task(text, total=None)
-        tick: Callable[[], None] = lambda: progress.advance(task)  # noqa: E731  # a name for its type
-        yield tick
+        yield partial(progress.advance, task)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 from attnrewrite.kernels.store.key import VERSION, Difference, Key, differences
@@ -45,8 +46,8 @@ class Copied:
 
 def rows(folder: Folder) -> list[Row]:
     """Return what a folder holds. No record is opened. Raises OSError."""
-    found = [device for family in folder.below(f"v{VERSION}") for device in folder.below(family)]
-    return [Row(*device.split("/")[1:], len(folder.below(device))) for device in found]
+    devices = [device for family in folder.below(f"v{VERSION}") for device in folder.below(family)]
+    return [Row(Path(name).parent.name, Path(name).name, len(folder.below(name))) for name in devices]
 
 
 def keys(folder: Folder, start: str, secret: bytes) -> Iterator[tuple[Record, list[Record]]]:
