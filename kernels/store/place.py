@@ -29,8 +29,8 @@ class Place(Protocol):
 def open_place(address: str) -> Place:
     """Return the place at an address: a folder, ``redis://``, or any URL that fsspec knows.
 
-    Raises TuningError AR514 for an address that is none, and CaptureError AR106 where its package is missing. Nothing
-    is asked of the network yet.
+    Raises TuningError AR514 for an address that is none, and CaptureError AR106 where its package is missing. The
+    store itself is not asked yet.
     """
     scheme, separator, rest = address.partition("://")
     shown = without_credentials(address)
