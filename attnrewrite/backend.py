@@ -18,6 +18,7 @@ from attnrewrite.errors import AttnRewriteError, AttnRewriteWarning
 from attnrewrite.inner import compile_inner, inductor_modes
 from attnrewrite.kernels.dense.choice import Kernels, no_device
 from attnrewrite.kernels.diagnostics import closest, error
+from attnrewrite.kernels.store import artifacts  # noqa: F401  # makes them known to torch's cache artifacts
 from attnrewrite.passes.graph.assumptions import Assumption, Guarded, assumptions
 from attnrewrite.passes.graph.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline

@@ -7,6 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from attnrewrite.kernels.places import without_credentials
+
 PACKAGES = ("attnrewrite", "torch", "triton", "transformers", "gguf", "safetensors", "networkx", "torch-mlir")
 VARIABLES = (
     "ATTNREWRITE_",
@@ -24,7 +26,7 @@ def environment() -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "devices": devices(),
-        "variables": {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)},
+        "variables": {name: _shown(name) for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
 
 
@@ -50,6 +52,11 @@ def devices() -> list[dict[str, Any]]:
     except Exception as cause:
         found.append({"kind": "cuda", "name": f"cannot be asked: {cause}"})
     return found
+
+
+def _shown(name: str) -> str:
+    """Return the value of a variable without secrets."""
+    return "***" if name.endswith("_SECRET") else without_credentials(os.environ[name])
 
 
 def _version(name: str) -> str | None:

@@ -17,7 +17,7 @@ FIGURE = {"case", "provider", "metric", "unit", "p20", "p50", "p80", "samples"}
 FIGURE |= {"floor", "over_floor", "goal", "met"}
 ENVIRONMENT = {"date", "versions", "system", "cpu", "cores", "threads"}
 COMPILES = ("llama_eager", "attention_eager", "compile_share", "matchers", "memory", "variants")
-QUICK = ("import_time", "recognise")
+QUICK = ("import_time", "recognise", "tuning_store")
 NAMES = (*COMPILES, *QUICK)
 
 

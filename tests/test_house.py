@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("attnrewrite", "passes", "kernels")
 MAY_IMPORT = {"kernels": ("kernels",), "passes": ("passes", "kernels")}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-OF_ALL = {"dense", "generation", "templates"}  # what the kernels of several variants share
+OF_ALL = {"dense", "generation", "store", "templates"}  # what the kernels of several variants share
 VARIANTS = sorted(p.parent for p in (ROOT / "kernels").glob("*/__init__.py") if p.parent.name not in OF_ALL)
 
 
@@ -71,6 +71,7 @@ def test_rooms_are_imported_by_their_full_names():
         "from attnrewrite.cli import main; main(['--version'])",
         *(f"from attnrewrite.cli import main; main([{verb!r}, '--help'])" for verb in VERBS),
         "from attnrewrite.cli import main; main(['code', 'AR203'])",
+        "from attnrewrite.cli import main; main(['cache', 'ls'])",
     ],
 )
 def test_torch_is_not_imported_early(code):
@@ -108,7 +109,7 @@ def test_every_code_is_raised_by_a_test(code):
 
 @pytest.mark.parametrize("code", DIAGNOSTICS)
 def test_every_code_is_used(code):
-    users = [path for path in sources(*ROOMS) if path.name != "diagnostics.py"]
+    users = [path for path in sources(*ROOMS) if path.name != "codes.py"]
     assert any(f'"{code}"' in path.read_text(encoding="utf-8") for path in users)
 
 

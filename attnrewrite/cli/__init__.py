@@ -27,6 +27,7 @@ VERBS = {
     "distill": "Train what a conversion added to MODEL, and write it to OUT.",
     "export": "Write MODEL with its attention rewritten, for other compilers.",
     "kernels": "Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.",
+    "cache": "Look into tuning records, and share them.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
     "env": "Show versions, devices and settings.",
     "code": "Explain a diagnostic code, or list them all.",

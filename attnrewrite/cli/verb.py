@@ -31,6 +31,10 @@ class Verb(click.Command):
                 formatter.write_text(f"\b\nattnrewrite {example}")
 
 
+class VerbGroup(Verb, click.Group):
+    """A verb with verbs of its own."""
+
+
 def add_common_options(command: click.Command) -> None:
     """Give a command ``--format`` and ``-v``, so that they may stand before or after the verb."""
     choice = click.Choice(FORMATS)

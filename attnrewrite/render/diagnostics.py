@@ -12,6 +12,7 @@ FAMILIES = {
     "AR2": "Finding and proving attention",
     "AR3": "Variants and their parameters",
     "AR4": "Implementations",
+    "AR5": "Tuning and its store",
     "AR6": "Saving and loading",
     "AR9": "Defects of this library",
 }
@@ -20,7 +21,7 @@ _INTRODUCTION = """# Diagnostics
 
 Every error, warning and rejection carries one of these codes. `attnrewrite code AR203` shows one offline.
 
-<!-- Made from the table in kernels/diagnostics.py by `make docs`; do not edit. -->
+<!-- Made from the table in kernels/codes.py by `make docs`; do not edit. -->
 """
 
 

@@ -86,6 +86,15 @@ ENTRIES = {
             {"cpu": {"rounds": 15}, "smoke": {"rounds": 1}},
         ),
         Entry(
+            "tuning_store",
+            "How long do lookups of tuning records take, in a small store, a large one and a shared one that is down?",
+            "tuning_store",
+            {
+                "cpu": {"records": 100_000, "launched": 50, "calls": 100_000, "rounds": 9, "fresh": 7},
+                "smoke": {"records": 20, "launched": 5, "calls": 10, "rounds": 2, "fresh": 1},
+            },
+        ),
+        Entry(
             "recognise",
             "How does the time of recognition grow with the number of layers?",
             "recognise",

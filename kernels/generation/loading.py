@@ -10,15 +10,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from attnrewrite.kernels.generation.emit import Emitted
+from attnrewrite.kernels.places import cache_folder
 
 
 def folder() -> Path:
-    """Return where emitted kernels lie: ``ATTNREWRITE_CACHE_DIR``, or the platform's cache of the user."""
-    given = os.environ.get("ATTNREWRITE_CACHE_DIR")
-    return (Path(given) if given else Path(platformdirs.user_cache_dir("attnrewrite"))) / "kernels"
+    """Return where emitted kernels lie."""
+    return cache_folder() / "kernels"
 
 
 @functools.cache
