@@ -1,9 +1,9 @@
 """How long a kernel of the dense family takes, by arithmetic: nothing is compiled, nothing is run.
 
-A tile keeps several units of a multiprocessor busy: matrix products, exponentials, other arithmetic, shared memory and the
-way from the L2 cache. One after another they take the sum of their times; with enough independent groups of four warps on
-the multiprocessor, one group's products hide another's softmax, down to the time of the busiest unit. Programs fill the
-device in waves; none ends before its own tiles are done, and all wait for the device's memory.
+A tile keeps several units of a multiprocessor busy: matrix products, exponentials, other arithmetic, shared memory and
+the way from the L2 cache. One after another they take the sum of their times; with enough independent groups of four
+warps on the multiprocessor, one group's products hide another's softmax, down to the time of the busiest unit. Programs
+fill the device in waves; none ends before its own tiles are done, and all wait for the device's memory.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ _GENERATIONS = {
     "sm_100": Generation(8192, 16, 24.0, 0.8),
     "sm_120": Generation(1024, 16, 24.0, 0.8),
 }
-"""From the vendor's architecture papers; the bytes from the L2 cache are an assumption, of sm_90 5.5 TB/s of an H200."""
+"""From the vendor's architecture papers; the bytes from the L2 cache are assumed, for sm_90 as 5.5 TB/s of an H200."""
 _REACHED_MEMORY = 0.9
 """The part of the memory's bandwidth that a copy reaches."""
 

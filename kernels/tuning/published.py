@@ -22,8 +22,8 @@ _TUTORIAL = {
     (128, False): {2048: 389, 4096: 389, 16384: 395},
     (128, True): {2048: 323, 4096: 353, 8192: 369, 16384: 378},
 }
-"""TFLOP/s of triton's tutorial by (features, causal) and length; H100, fp16, hidden size 2048, B N = 16384. Read off the
-figure of FlashAttention-3 (arXiv 2407.08608; fp16 forward)."""
+"""TFLOP/s of triton's tutorial by (features, causal) and length; H100, fp16, hidden size 2048, B N = 16384. Read off
+the figure of FlashAttention-3 (arXiv 2407.08608; fp16 forward)."""
 _LATER = {1024: 407, 2048: 428, 4096: 460, 8192: 464, 16384: 487}
 """The same kernel in 2025, without warp specialisation: H100, B 4, H 32, D 128, all pairs; pull request 205 of
 facebookexperimental/triton."""
@@ -46,8 +46,8 @@ def _point(shape: Shape, rate: float) -> Point:
 
 
 RATES = {"NVIDIA H200": Rates(matmul=0.699, overlap=0.801, tile=1.08e-9, program=2.42e-6)}
-"""By device: ``fit(points(), device)``, which is 8 % off on average, as the sources disagree by as much. An H100 has the
-same multiprocessors and clocks as an H200."""
+"""By device: ``fit(points(), device)``, which is 8 % off on average, as the sources disagree by as much. An H100 has
+the same multiprocessors and clocks as an H200."""
 
 CUDNN_FORWARD_D128 = {2048: 484e12, 4096: 518e12, 8192: 529e12, 16384: 539e12}
 """FLOP/s of cuDNN's causal forward pass by length; H100, fp16, from the same figure of FlashAttention-3."""

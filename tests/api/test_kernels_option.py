@@ -1,4 +1,4 @@
-"""``kernels="triton"``: converted models on generated kernels, here in triton's interpreter."""
+"""``kernels="triton"``: converted models on generated kernels, on a GPU or in triton's interpreter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_support import DEVICE
 from tiny import llama
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -20,7 +21,7 @@ from attnrewrite import (
 )
 from attnrewrite.backend import Backend
 
-IDS = torch.arange(24).view(2, 12) % 96
+IDS = torch.arange(24, device=DEVICE).view(2, 12) % 96
 INPUTS = {"input_ids": IDS, "use_cache": False}
 
 
@@ -42,11 +43,12 @@ def compiled(model: torch.nn.Module, kernels: Any) -> tuple[list[torch.Tensor], 
     return step(model), found
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "config", [None, SelectiveConfig(), SSAConfig(), SelectiveSSAConfig()], ids=["sdpa", "selective", "ssa", "both"]
 )
 def test_a_model_computes_and_learns_the_same_on_kernels(config: VariantConfig | None) -> None:
-    model = llama(num_hidden_layers=1)
+    model = llama(num_hidden_layers=1).to(DEVICE)
     if config is not None:
         convert(model, config, example_kwargs=INPUTS)
         with torch.no_grad():
@@ -61,8 +63,9 @@ def test_a_model_computes_and_learns_the_same_on_kernels(config: VariantConfig |
         assert torch.allclose(a, b, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.triton
 def test_eager_attention_goes_to_the_plain_kernel() -> None:
-    model = llama(num_hidden_layers=1, attn_implementation="eager")
+    model = llama(num_hidden_layers=1, attn_implementation="eager").to(DEVICE)
     reference, plain = compiled(model, "auto")
     found, run = compiled(model, "triton")
     assert (plain, run) == (["fused"], ["triton"])
@@ -71,7 +74,8 @@ def test_eager_attention_goes_to_the_plain_kernel() -> None:
 
 
 def test_a_variant_without_kernels_is_an_error_where_they_are_asked_for() -> None:
-    model = convert(llama(num_hidden_layers=1), RoutingConfig(clusters=1, window_size=64), example_kwargs=INPUTS)
+    plain = llama(num_hidden_layers=1).to(DEVICE)
+    model = convert(plain, RoutingConfig(clusters=1, window_size=64), example_kwargs=INPUTS)
     with pytest.raises((AttnRewriteError, BackendCompilerFailed), match="AR403"):
         compiled(model, "triton")
 

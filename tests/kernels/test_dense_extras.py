@@ -9,6 +9,7 @@ from attnrewrite.kernels.dense.launch import backward, forward, run
 from attnrewrite.kernels.diagnostics import AttnRewriteError
 from attnrewrite.kernels.strips import Options
 
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("on_the_device")]
 LOG2E = 1.4426950408889634
 
 
