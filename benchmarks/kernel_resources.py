@@ -5,16 +5,19 @@ Every kernel is compiled for every target in its first configuration; no GPU is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import click
+sys.path.insert(0, str(Path(__file__).parent))
 
-from attnrewrite.kernels.dense.catalogue import KERNELS, VARIANTS, flags, kernel
+import click  # the suite is found through the path above
+from suite.usage import usage
+
+from attnrewrite.kernels.dense.catalogue import KERNELS
 from attnrewrite.kernels.dense.configs import Config, configs
-from attnrewrite.kernels.dense.signature import constants, types
-from attnrewrite.kernels.generation.resources import Resources, compiled
+from attnrewrite.kernels.generation.resources import Resources
 
 BEGIN, END = "<!-- Made by `make resources`: begin -->", "<!-- Made by `make resources`: end -->"
 TARGETS = ("sm_80", "sm_90", "sm_100")
@@ -42,11 +45,8 @@ def cases() -> Iterator[Case]:
 
 def measured(case: Case) -> tuple[Config, Resources]:
     """Compile one case."""
-    made = kernel(case.name, flags(case.width, case.width, {"CAUSAL": True, **VARIANTS[case.variant]}))
     config = configs(case.name, case.width, 16)[0]
-    values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
-    used = compiled(made, types(made, "bf16"), values, case.target, warps=config.warps, stages=config.stages)
-    return config, used
+    return config, usage(case.name, case.variant, case.width, config, case.target)
 
 
 def row(case: Case, config: Config, used: Resources) -> str:

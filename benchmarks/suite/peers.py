@@ -175,7 +175,7 @@ def _flex_step(s: Setting) -> Run:
 
 
 def _flex_votes(s: Setting) -> Run:
-    """Selective attention as FlexAttention can have it: compiled votes, which a score_mod reads."""
+    """Make selective attention as FlexAttention can have it: compiled votes, which a score_mod reads."""
     attend, mask = s.tuned(), _causal(s)
     penalties = s.compile(_penalties)
     query, key, value = (x.detach() for x in s.tensors)

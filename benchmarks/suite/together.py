@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,11 +16,12 @@ _SUITE = str(Path(__file__).parents[1])
 
 
 class Done(NamedTuple):
-    """How a command ended: its exit code, None where it was stopped, and what it printed."""
+    """How a command ended: its exit code, what it printed, and whether it was stopped."""
 
-    code: int | None
+    code: int
     output: str
     seconds: float
+    stopped: bool
 
 
 def together(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str, Done]:
@@ -29,17 +31,18 @@ def together(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str,
     start, running, found = time.monotonic(), {}, {}
     for name, arguments in commands.items():
         file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # read and closed below
-        output = {"stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen([sys.executable, *arguments], env=variables, start_new_session=True, **output)  # type: ignore[call-overload]  # the dict has two types
+        command = [sys.executable, *arguments]
+        process = subprocess.Popen(command, env=variables, stdout=file, stderr=file, start_new_session=True)
         running[name] = process, file
     for name, (process, file) in running.items():
+        stopped = False
         try:
             process.wait(max(0.0, start + seconds - time.monotonic()))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # with the processes that it has started
-        code = process.poll()
-        process.wait()
-        file.seek(0)
-        found[name] = Done(code, file.read(), time.monotonic() - start)
-        file.close()
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            stopped = True
+        code = process.wait()
+        with file:
+            file.seek(0)
+            found[name] = Done(code, file.read(), time.monotonic() - start, stopped)
     return found
