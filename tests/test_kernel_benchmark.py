@@ -11,6 +11,7 @@ import pytest
 import torch
 from scripts import script
 
+from attnrewrite.kernels.dense.configs import configs
 from attnrewrite.kernels.generation.resources import Resources
 from attnrewrite.kernels.tuning.device import H200
 from attnrewrite.kernels.tuning.published import RATES
@@ -20,10 +21,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from suite import contest as contests  # noqa: E402  # found through the path above
 from suite import goals, peers  # noqa: E402
+from suite.beforehand import _summary  # noqa: E402
 from suite.entries import kernels as entry  # noqa: E402
 from suite.model import Model  # noqa: E402
 from suite.roofline import Dot, roofline  # noqa: E402
-from suite.together import together  # noqa: E402
+from suite.together import Done, together  # noqa: E402
 
 TINY = goals.P1._replace(B=1, H=2, N=20, D=16)
 
@@ -200,6 +202,34 @@ def test_the_model_answers_for_every_goal():
             assert 0 <= floor <= expected * 1.001, aim.text
     spilling = Model(H200, RATES[H200.name], lambda *_: replace(used, spills=1000))
     assert spilling.seconds(goals.PLAIN, goals.P1, "forward") > model.seconds(goals.PLAIN, goals.P1, "forward")
+
+
+def test_rates_are_fitted_to_the_kernels_own_times(monkeypatch):
+    used = Resources(120, 0, 65_536, "HGMMA")
+    monkeypatch.setattr(entry, "usage", lambda *_: used)
+    model = Model(H200, RATES[H200.name], lambda *_: used)
+    run = {
+        goals.PLAIN: ("forward", "sdpa"),
+        goals.SSA: ("backward_keys", "ssa"),
+        goals.SELECTIVE: ("votes", "selective"),
+    }
+    field = {}
+    for case in (goals.P1, goals.P2):
+        field[case.name] = contest = contests.Contest(case)
+        for provider, (kernel, variant) in run.items():
+            seconds = model.kernel(kernel, variant, case, configs(kernel, case.D, 16)[0])
+            contest.kernels[provider, kernel] = seconds
+        contest.kernels[goals.DEAD, "forward"] = contest.kernels[goals.PLAIN, "delta"] = 1.0  # not what is fitted
+    found = entry._rates(field, H200)
+    assert found["points"] == 6
+    assert found["misfit"] < 0.02
+
+
+def test_what_the_tests_said_is_a_fact():
+    done = Done(1, "...F [ 40%]\n.. [100%]\nFAILED tests/a.py::b - no\n1 failed, 5 passed in 2s\n", 2.2, False)
+    assert _summary(done) == {"failed": 1, "passed": 5, "seconds": 2, "ended": "exit code 1"}
+    stopped = Done(-9, "...F [ 40%]\n..", 9.0, True)
+    assert _summary(stopped) == {"done": "40%", "seconds": 9, "ended": "stopped for lack of time"}
 
 
 def test_limits_of_the_profile_are_kept(monkeypatch, capsys):

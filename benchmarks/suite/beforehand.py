@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from suite.goals import CASES, MEMORY, OURS
 from suite.together import Done, together
 
@@ -26,13 +28,15 @@ def beforehand(seconds: float, cuda: bool) -> dict[str, Any]:
     commands: dict[str, tuple[str, ...]] = {"tests": ("-P", "-m", "pytest", *workers, *how, *paths)}
     if cuda:
         commands |= {f"{case}, {name}": ("-m", "suite.warm", case, name) for case, name in _ours()}
+        major, minor = torch.cuda.get_device_capability()
+        commands["what kernels use"] = ("-m", "suite.usage", f"sm_{major}{minor}")
     done = together(commands, seconds)
     tests = done.pop("tests")
-    failed = [{"case and provider": name, "why": _last(x)} for name, x in done.items() if x.code != 0]
+    failed = [{"process": name, "why": _last(x)} for name, x in done.items() if x.code != 0]
     return {
         "tests": _summary(tests),
         "failing tests": [{"test": x} for x in re.findall(r"^(?:FAILED|ERROR) (.{,200})", tests.output, re.MULTILINE)],
-        "compiling": f"{len(done)} providers, {len(failed)} failed",
+        "compiling": f"{len(done)} processes, {len(failed)} failed",
         "failing compilations": failed,
     }
 
@@ -44,7 +48,10 @@ def _ours() -> list[tuple[str, str]]:
 
 
 def _summary(done: Done) -> dict[str, Any]:
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", _last(done))}
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", _last(done))
+    counts: dict[str, Any] = {word: int(n) for n, word in found}
+    if done.stopped:
+        counts["done"] = next(reversed(re.findall(r"\[ *(\d+%)\]", done.output)), "0%")
     return {**counts, "seconds": round(done.seconds), "ended": _NO_TIME if done.stopped else f"exit code {done.code}"}
 
 

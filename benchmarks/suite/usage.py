@@ -1,11 +1,15 @@
-"""What one program of a kernel of the dense family uses, compiled for a GPU that need not be there."""
+"""What one program of a kernel of the dense family uses, compiled for a GPU that need not be there.
+
+``python -m suite.usage TARGET`` compiles what the rates of the cost model are fitted to, into triton's cache.
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
 
-from attnrewrite.kernels.dense.catalogue import VARIANTS, flags, kernel
-from attnrewrite.kernels.dense.configs import Config
+from attnrewrite.kernels.dense.catalogue import KERNELS, VARIANTS, flags, kernel
+from attnrewrite.kernels.dense.configs import Config, configs
 from attnrewrite.kernels.dense.signature import constants, types
 from attnrewrite.kernels.generation.resources import Resources, compiled
 
@@ -16,3 +20,15 @@ def usage(name: str, variant: str, width: int, config: Config, target: str, caus
     made = kernel(name, flags(width, width, {"CAUSAL": causal, **VARIANTS[variant]}))
     values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
     return compiled(made, types(made, "bf16"), values, target, warps=config.warps, stages=config.stages)
+
+
+def main(target: str) -> None:
+    """Compile every kernel in the configuration that is tried first."""
+    for width in (64, 128):
+        for name in KERNELS:
+            for variant in ("selective",) if "votes" in name else ("sdpa", "ssa", "selective"):
+                usage(name, variant, width, configs(name, width, 16)[0], target)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 PREDICTIONS = Path(__file__).parents[2] / "results" / "predictions.json"
 _ENOUGH = 20
 """Seconds at the end in which nothing new is begun."""
-_CALIBRATING = 60
-"""Seconds that must be left to compile every kernel once more, for what it uses."""
+_CALIBRATING = 15
+"""Seconds that must be left to read off what kernels use, and to fit."""
 _OF = {PLAIN: "sdpa", SSA: "ssa", SELECTIVE: "selective"}
 NOTE = (
     "Inputs are [B, H, N, D], normally distributed; P1 and P2 are causal. All providers of a case run in turns, in "
