@@ -8,8 +8,8 @@ import torch
 
 _FLUSHED = 1 << 28
 """Bytes, several times a level-two cache."""
-_AHEAD = 4_000_000
-"""Cycles that the device sleeps, about 2 ms, while everything that is to be timed is put into its queue."""
+_AHEAD = 8_000_000
+"""Cycles that the device sleeps, about 4 ms, while everything that is to be timed is put into its queue."""
 
 
 class CudaClock:
