@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv; the second run finds it there.
-#   make demo   make test   make test-all   make lint   make docs   make resources   make coverage   make conversions   make bench   make clean
+#   make demo   make test   make test-all   make lint   make docs   make resources   make predictions   make coverage   make conversions   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint docs resources coverage conversions bench clean
+.PHONY: demo test test-all lint docs resources predictions coverage conversions bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -38,6 +38,10 @@ docs: $(VENV)/ready
 # Some minutes: every kernel is compiled for every target.
 resources: $(VENV)/ready
 	$(BIN)/python benchmarks/kernel_resources.py docs/kernels.md
+
+# Some minutes: the cost model's expectations for an H200, which need not be there.
+predictions: $(VENV)/ready
+	$(BIN)/python benchmarks/predict.py docs/kernels.md
 
 # An hour: every family at every entry. VISION names a folder with timm and torchvision; without it their rows stay as
 # they are.

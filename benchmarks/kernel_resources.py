@@ -5,23 +5,23 @@ Every kernel is compiled for every target in its first configuration; no GPU is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import click
+sys.path.insert(0, str(Path(__file__).parent))
 
-from attnrewrite.kernels.dense.catalogue import KERNELS, OF_VOTES, flags, kernel, used
+import click  # the suite is found through the path above
+from suite.usage import usage
+
+from attnrewrite.kernels.dense.catalogue import KERNELS, users
 from attnrewrite.kernels.dense.configs import Config, configs
-from attnrewrite.kernels.dense.launch import BLOCK_LIST
-from attnrewrite.kernels.dense.signature import constants, types
-from attnrewrite.kernels.generation.resources import Resources, compiled
+from attnrewrite.kernels.generation.resources import Resources
 
 BEGIN, END = "<!-- Made by `make resources`: begin -->", "<!-- Made by `make resources`: end -->"
 TARGETS = ("sm_80", "sm_90", "sm_100")
 WIDTHS = (64, 128, 256)
-ALIKE = ("delta", "merge")
-"""Kernels that are the same for every variant."""
 
 
 class Case(NamedTuple):
@@ -39,19 +39,15 @@ def cases() -> Iterator[Case]:
         for name in KERNELS:
             if name == "live" and width > WIDTHS[0]:
                 continue  # has nothing to do with features
-            own = ("selective",) if name in OF_VOTES else ("sdpa",) if name in ALIKE else ("sdpa", "ssa", "selective")
-            for variant in own:
+            for variant in users(name):
                 yield from (Case(name, variant, width, target) for target in TARGETS)
         yield Case("forward", "sdpa", width, "gfx942")
 
 
 def measured(case: Case) -> tuple[Config, Resources]:
     """Compile one case."""
-    made = kernel(case.name, flags(case.width, case.width, used(case.name, case.variant)))
-    config = configs("forward" if case.name == "live" else case.name, case.width, 16)[0]
-    values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_LIST": BLOCK_LIST})
-    needed = compiled(made, types(made, "bf16"), values, case.target, warps=config.warps, stages=config.stages)
-    return config, needed
+    config = configs(case.name, case.width, 16)[0]
+    return config, usage(case.name, case.variant, case.width, config, case.target)
 
 
 def row(case: Case, config: Config, used: Resources) -> str:

@@ -2,7 +2,33 @@
 
 import os
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    for item in items:
+        if not GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def on_the_device():
+    """Tensors are made on the GPU if there is one."""
+    before = torch.get_default_device()
+    torch.set_default_device("cuda" if GPU else "cpu")
+    yield
+    torch.set_default_device(before)
+
+
+@pytest.fixture
+def poisoned():
+    """What is not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=GPU)  # on a GPU some of torch's own operators are not
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -55,6 +55,14 @@ def error(found: Tensor, true: Tensor) -> float:
     return float((found.double() - true.double()).norm() / true.double().norm().clamp(min=1e-300))
 
 
+def assert_no_worse(found: Tensor, ordinary: Tensor, true: Tensor, what: str = "", *, largest: bool = True) -> None:
+    """Check the bar for one tensor: in the root mean square and, unless ``largest=False``, in the largest error."""
+    off, bar = (found.double() - true).abs(), (ordinary.double() - true).abs()
+    assert off.norm() <= BAR * bar.norm(), f"{what}: error {off.norm():.2e}, ordinary {bar.norm():.2e}"
+    if largest:
+        assert off.max() <= BAR * bar.max(), f"{what}: error {off.max():.2e}, ordinary {bar.max():.2e}"
+
+
 def is_only_rounding(true: Tensor) -> bool:
     """Whether a gradient is zero but for rounding, such as that of a key's bias in front of a softmax."""
     return float(true.double().norm()) < 1e-7 * float(true.numel()) ** 0.5

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("attnrewrite", "passes", "kernels")
 MAY_IMPORT = {"kernels": ("kernels",), "passes": ("passes", "kernels")}
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-OF_ALL = {"dense", "generation", "store", "templates"}  # what the kernels of several variants share
+OF_ALL = {"dense", "generation", "store", "templates", "tuning"}  # what the kernels of several variants share
 VARIANTS = sorted(p.parent for p in (ROOT / "kernels").glob("*/__init__.py") if p.parent.name not in OF_ALL)
 
 

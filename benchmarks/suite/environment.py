@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -32,8 +33,21 @@ def environment() -> dict[str, Any]:
             "name": device.name,
             "memory_gib": round(device.total_memory / 2**30, 1),
             "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            **_driver(),
         }
     return facts
+
+
+def _driver() -> dict[str, str]:
+    """Return what the driver's tool says, nothing without it."""
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, (value.strip() for value in said.split(",")), strict=False))
 
 
 def cpu_model() -> str:

@@ -68,11 +68,16 @@ class Figure:
 
 @dataclass
 class Result:
-    """What an entry found: figures, floors as they were measured, and what a reader has to know."""
+    """What an entry found: figures, floors as they were measured, and what a reader has to know.
+
+    A fact that is a list of records is shown as a table.
+    """
 
     figures: list[Figure] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    drawing: str = ""
+    """SVG, if there is one."""
 
 
 def ratio(

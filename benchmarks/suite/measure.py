@@ -7,6 +7,27 @@ from collections.abc import Callable, Mapping
 
 Tick = Callable[[str, int, int], None]
 """Called with a label, the steps done and the steps in all."""
+Clock = Callable[[Callable[[], object]], float]
+"""Runs something and returns the seconds that it took."""
+
+
+def wall(run: Callable[[], object]) -> float:
+    """Take the time of a call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def waiting(run: Callable[[], object]) -> float:
+    """Take the time of a call until a GPU has done what it was told."""
+    import torch
+
+    def all_of_it() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    torch.cuda.synchronize()
+    return wall(all_of_it)
 
 
 def interleave(
@@ -14,24 +35,18 @@ def interleave(
     rounds: int,
     tick: Tick,
     label: str,
-    wait: Callable[[], object] = lambda: None,
+    clock: Clock = wall,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every case in every round.
-
-    The order turns by one place per round. ``wait`` comes before each reading of the clock, for a GPU.
-    """
+    """Return the seconds of every case in every round. The order turns by one place per round."""
     taken: dict[str, list[float]] = {name: [] for name in cases}
     names = list(cases)
     for turn in range(warmup + rounds):
         tick(label, turn, warmup + rounds)
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
-            wait()
-            start = time.perf_counter()
-            cases[name]()
-            wait()
+            seconds = clock(cases[name])
             if turn >= warmup:
-                taken[name].append(time.perf_counter() - start)
+                taken[name].append(seconds)
     tick(label, warmup + rounds, warmup + rounds)
     return taken

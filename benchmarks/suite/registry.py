@@ -49,6 +49,7 @@ _VERSUS = {
         "layers": 4,
         "length": 4096,
         "threads": [None],
+        "seconds": 150,
         "rounds": 50,
         "training_rounds": 25,
     },
@@ -58,6 +59,28 @@ _VERSUS = {
 ENTRIES = {
     entry.name: entry
     for entry in (
+        Entry(
+            "kernels",
+            "How fast are the generated kernels beside their peers, and do they reach their goals?",
+            "kernels",
+            {
+                "gpu": {**_GPU, "compiled": True, "rounds": 20, "cases": {}, "seconds": 510, "beforehand": 200},
+                "smoke": {
+                    **_CPU,
+                    "compiled": False,
+                    "rounds": 1,
+                    "cases": {
+                        "P1": (1, 2, 40, 16),
+                        "P2": (1, 1, 20, 32),
+                        "block": (1, 2, 20, 16),
+                        "decode": (1, 2, 40, 16),
+                        "memory": (1, 1, 40, 16),
+                    },
+                    "seconds": 120,
+                    "beforehand": 60,
+                },
+            },
+        ),
         Entry(
             "llama_eager",
             "How much faster is a Llama with eager attention through this backend than through inductor?",

@@ -20,15 +20,19 @@ def page(profile: str, folder: Path, order: list[str]) -> str:
         f"# Benchmarks: profile `{profile}`",
         f"Written by `python benchmarks/run.py --profile {profile}`.",
     ]
-    parts += [section(found[name]) for name in order if name in found]
+    for name in (name for name in order if name in found):
+        parts.append(section(found[name]))
+        parts += [f"![{name}]({profile}/{name}.svg)"] if (folder / f"{name}.svg").exists() else []
     return "\n\n".join(parts) + "\n"
 
 
 def section(result: Mapping[str, Any]) -> str:
     """Write one entry's result."""
     rows = [_row(figure) for figure in result["figures"]]
-    facts = [f"- {name}: {_plain(value)}" for name, value in result["facts"].items()]
+    tables = {name: value for name, value in result["facts"].items() if isinstance(value, list)}
+    facts = [f"- {name}: {_plain(value)}" for name, value in result["facts"].items() if name not in tables]
     parts = [f"## {result['entry']}", result["question"], "\n".join([*_HEAD, *rows])]
+    parts += [f"### {name}\n\n{_records(value)}" for name, value in tables.items() if value]
     parts += ["\n".join(facts)] if facts else []
     parts += [*result["notes"], _where(result["environment"])]
     return "\n\n".join(parts)
@@ -45,13 +49,20 @@ def _row(figure: Mapping[str, Any]) -> str:
     return "| " + " | ".join([*cells, str(len(figure["samples"])), floor, over, held]) + " |"
 
 
+def _records(records: list[Mapping[str, Any]]) -> str:
+    """Write records as a table of all their fields."""
+    fields = list(dict.fromkeys(name for record in records for name in record))
+    lines = [[str(record.get(name, "")).replace("|", "/") for name in fields] for record in records]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (fields, ["---"] * len(fields), *lines))
+
+
 def _plain(value: Any) -> str:
     return ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _where(environment: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    gpu = f"; {environment['gpu']['name']}" if "gpu" in environment else ""
+    gpu = f"; {', '.join(f'{k} {v}' for k, v in environment['gpu'].items())}" if "gpu" in environment else ""
     return (
         f"{environment['date']}; {environment['cpu']}, {environment['cores']} cores,"
         f" {environment['threads']} threads{gpu};"

@@ -12,7 +12,7 @@ import torch._dynamo.utils
 
 from suite.figures import Figure, Goal, Result, ratio
 from suite.llama import flops, outputs, train
-from suite.measure import Tick, interleave
+from suite.measure import Tick, interleave, waiting, wall
 
 if TYPE_CHECKING:
     from suite.registry import Size
@@ -73,7 +73,7 @@ def _compare(
     }
     place = f"{torch.get_num_threads()} thread(s)" if x.device.type == "cpu" else "cuda"
     case = f"N = {size['length']}, {layers} layer(s), {size['dtype']}, {place}"
-    wait = torch.cuda.synchronize if x.device.type == "cuda" else lambda: None
+    clock = waiting if x.device.type == "cuda" else wall
     steps = (
         ("forward", _forward, size["rounds"], 1),
         ("forward + backward", _step, size["training_rounds"], 3),
@@ -87,7 +87,7 @@ def _compare(
             tick(f"compiling: {name}, {metric}, {place}", done, len(runs))
             cases[name]()
         graphs, clock, used = _graphs(), time.perf_counter(), time.process_time()
-        taken = interleave(cases, rounds, tick, f"{metric}, {place}", wait)
+        taken = interleave(cases, rounds, tick, f"{metric}, {place}", clock)
         got = (time.process_time() - used) / (time.perf_counter() - clock)
         if _graphs() != graphs:
             raise RuntimeError(f"something was compiled while the clock ran: {metric}, {place}")

@@ -45,6 +45,15 @@ OF_SYMMETRY = ("backward_shared",)
 """Kernels of symmetric attention alone."""
 
 
+def users(name: str) -> tuple[str, ...]:
+    """Return variants that use a kernel: one of those for which it is the same."""
+    if name in OF_VOTES:
+        return ("selective",)
+    if name in OF_SYMMETRY:
+        return ("symmetric",)
+    return ("sdpa",) if name in ("delta", "merge") else ("sdpa", "ssa", "selective")
+
+
 def used(name: str, variant: str, *, causal: bool = True) -> dict[str, Flag]:
     """Return the flags with which a variant uses a kernel, masks aside. A step of one query counts its own votes."""
     if variant != "selective":

@@ -16,8 +16,10 @@ class Config(NamedTuple):
 
 _SMALLEST = Config(16, 16, 4, 1)
 _NARROW, _MIDDLE = 64, 128
+_FORWARD = (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2))
 _WIDTHS: dict[str, tuple[Config, Config, Config]] = {
-    "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2)),
+    "forward": _FORWARD,
+    "live": _FORWARD,
     "delta": (Config(128, 16), Config(128, 16), Config(64, 16)),
     "backward_keys": (Config(64, 128, 8, 3), Config(32, 64, 8, 3), Config(32, 32, 8, 1)),
     "backward_queries": (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),

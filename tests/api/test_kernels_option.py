@@ -1,4 +1,4 @@
-"""``kernels="triton"``: converted models on generated kernels, here in triton's interpreter."""
+"""``kernels="triton"``: converted models on generated kernels, on a GPU or in triton's interpreter."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_support import DEVICE
 from tiny import llama
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -23,7 +24,7 @@ from attnrewrite.backend import Backend
 from attnrewrite.kernels.generation.loading import load
 from attnrewrite.passes.report import Site
 
-IDS = torch.arange(24).view(2, 12) % 96
+IDS = torch.arange(24, device=DEVICE).view(2, 12) % 96
 INPUTS = {"input_ids": IDS, "use_cache": False}
 
 
@@ -47,11 +48,12 @@ def compiled_sites(model: torch.nn.Module, kernels: Any) -> tuple[list[torch.Ten
     return step(model), found
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize(
     "config", [None, SelectiveConfig(), SSAConfig(), SelectiveSSAConfig()], ids=["sdpa", "selective", "ssa", "both"]
 )
 def test_a_model_computes_and_learns_the_same_on_kernels(config: VariantConfig | None) -> None:
-    model = llama(num_hidden_layers=1)
+    model = llama(num_hidden_layers=1).to(DEVICE)
     if config is not None:
         convert(model, config, example_kwargs=INPUTS)
         with torch.no_grad():
@@ -78,8 +80,9 @@ def test_the_report_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch, 
     assert not sites[0].kernels
 
 
+@pytest.mark.triton
 def test_eager_attention_goes_to_the_plain_kernel() -> None:
-    model = llama(num_hidden_layers=1, attn_implementation="eager")
+    model = llama(num_hidden_layers=1, attn_implementation="eager").to(DEVICE)
     reference, plain = compiled(model, "auto")
     found, run = compiled(model, "triton")
     assert (plain, run) == (["fused"], ["triton"])
@@ -88,7 +91,8 @@ def test_eager_attention_goes_to_the_plain_kernel() -> None:
 
 
 def test_a_variant_without_kernels_is_an_error_where_they_are_asked_for() -> None:
-    model = convert(llama(num_hidden_layers=1), RoutingConfig(clusters=1, window_size=64), example_kwargs=INPUTS)
+    plain = llama(num_hidden_layers=1).to(DEVICE)
+    model = convert(plain, RoutingConfig(clusters=1, window_size=64), example_kwargs=INPUTS)
     with pytest.raises((AttnRewriteError, BackendCompilerFailed), match="AR403"):
         compiled(model, "triton")
 

@@ -8,6 +8,7 @@ from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.launch import NoConfigurationError, backward, forward, run
 from attnrewrite.kernels.strips import Options
 
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("on_the_device")]
 LOG2E = 1.4426950408889634
 
 

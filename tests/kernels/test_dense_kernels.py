@@ -2,104 +2,19 @@
 
 import pytest
 import torch
-from oracle import is_only_rounding
+from dense_support import CAUSAL, DEVICE, compare, drawn, formula, normal, ours, outputs, temperatures, widened
 
-from attnrewrite.functional import attention, selective_attention, ssa_attention, symmetric_attention
+from attnrewrite.functional import attention, selective_attention, symmetric_attention
 from attnrewrite.kernels.dense.choice import kernels
 from attnrewrite.kernels.diagnostics import AttnRewriteError
-from attnrewrite.kernels.sdpa.reference import masked_softmax
-from attnrewrite.kernels.selective.reference import seen_by, selection_penalty
-from attnrewrite.kernels.ssa.reference import scaled
-from attnrewrite.kernels.visibility import accumulation_dtype, additive, repeat_kv, visible
 
-CAUSAL = {"is_causal": True}
-
-
-def formula(
-    query, key, value, attn_mask=None, *, is_causal=False, window=None, softcap=None, tau=None, rho=None, gamma=None
-):
-    """Attention as an eager model writes it: products in the dtype of the inputs, softmax and votes in float32."""
-    dtype, (L, S) = query.dtype, (query.shape[2], key.shape[2])
-    wide = accumulation_dtype(dtype)
-    query, value = (x if t is None else scaled(x, t) for x, t in ((query, tau), (value, rho)))
-    seen = visible(L, S, is_causal=is_causal, window=window, attn_mask=attn_mask)
-    logits = (query @ repeat_kv(key, query.shape[1]).mT).to(wide) * query.shape[-1] ** -0.5
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    bias = additive(attn_mask)
-    logits = logits if bias is None else logits + bias.to(wide)
-    if gamma is not None:
-        logits = logits - gamma * selection_penalty(logits[:, 0], seen_by(seen, 0))[0].unsqueeze(1)
-    return masked_softmax(logits, seen).to(dtype) @ repeat_kv(value, query.shape[1])
-
-
-def ours(query, key, value, attn_mask=None, *, tau=None, rho=None, gamma=None, **how):
-    how |= {"enable_gqa": True}
-    if tau is not None:
-        return ssa_attention(query, key, value, tau, rho, attn_mask, **how)
-    if gamma is not None:
-        return selective_attention(query, key, value, attn_mask, gamma=gamma, **how)
-    return attention(query, key, value, attn_mask, **how)
-
-
-def outputs(function, tensors, upstream, how):
-    """The output, and the gradients by everything that has one."""
-    out = function(**tensors, **how)
-    learn = [x for x in tensors.values() if x.requires_grad]
-    return [out, *torch.autograd.grad((out * upstream.to(out.dtype)).sum(), learn)]
-
-
-def widened(tensors):
-    return {
-        n: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
-        for n, x in tensors.items()
-    }
-
-
-def compare(assert_no_worse, tensors, **how):
-    exact = widened(tensors)
-    upstream = torch.randn(formula(**exact, **how).shape, generator=torch.Generator().manual_seed(7))
-    upstream = upstream.to(tensors["query"].dtype)
-    true = outputs(formula, exact, upstream, how)
-    ordinary = outputs(formula, tensors, upstream, how)
-    with kernels("triton"):
-        found = outputs(ours, tensors, upstream, how)
-    names = ["out", *(n for n, x in tensors.items() if x.requires_grad)]
-    for name, a, b, c in zip(names, found, ordinary, true, strict=True):
-        assert a.dtype == b.dtype
-        if is_only_rounding(c):  # of products of size 1: ordinary PyTorch may be exact here by luck
-            assert (a - c).abs().max() < 32 * torch.finfo(a.dtype).eps, name
-        elif c.dim():
-            assert_no_worse(a, b, c, name, largest=False)
-        else:  # one number: a sum over all pairs, of which the rounding errors may cancel in one of the two
-            dtype = tensors["query"].dtype
-            least = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
-            assert (a - c).abs() <= max(2 * (b - c).abs(), least * max(1.0, float(c.abs()))), name
-
-
-def drawn(L=63, S=None, H=2, Hkv=2, D=16, Dv=16, B=1, dtype=torch.float32, seed=0):
-    source = torch.Generator().manual_seed(seed)
-    shapes = {"query": (B, H, L, D), "key": (B, Hkv, S or L, D), "value": (B, Hkv, S or L, Dv)}
-    return {n: torch.randn(shape, generator=source).to(dtype).requires_grad_() for n, shape in shapes.items()}
-
-
-def temperatures(tensors, seed=1):
-    source = torch.Generator().manual_seed(seed)
-    sizes = {"tau": tensors["query"].shape[:3], "rho": tensors["value"].shape[:3]}
-    return {n: (torch.rand(size, generator=source) + 0.5).requires_grad_() for n, size in sizes.items()}
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """What is not written is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("on_the_device", "poisoned")]
 
 
 @pytest.mark.parametrize("L", [1, 63, 111, 130])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_sizes(assert_no_worse, L, is_causal):
-    compare(assert_no_worse, drawn(L), is_causal=is_causal)
+def test_sizes(L, is_causal):
+    compare(drawn(L), is_causal=is_causal)
 
 
 @pytest.mark.parametrize(
@@ -119,30 +34,27 @@ def test_sizes(assert_no_worse, L, is_causal):
     ],
     ids=str,
 )
-def test_forms(assert_no_worse, shape, how):
-    compare(assert_no_worse, drawn(**shape), **how)
+def test_forms(shape, how):
+    compare(drawn(**shape), **how)
 
 
 @pytest.mark.parametrize("kind", ["keys", "pairs", "bias", "shared bias"])
 @pytest.mark.parametrize("gamma", [None, 0.7])
-def test_masks(assert_no_worse, kind, gamma):
-    tensors, source = drawn(70, B=2), torch.Generator().manual_seed(2)
+def test_masks(kind, gamma):
+    tensors = drawn(70, B=2)
     shape = {"keys": (2, 1, 1, 70), "pairs": (1, 1, 70, 70), "bias": (2, 2, 70, 70), "shared bias": (1, 1, 70, 70)}[
         kind
     ]
-    if "bias" in kind:
-        mask = torch.randn(shape, generator=source).requires_grad_(gamma is None)
-    else:
-        mask = torch.rand(shape, generator=source) > 0.3
+    mask = normal(shape, 2).requires_grad_(gamma is None) if "bias" in kind else normal(shape, 2) > -0.5
     more = {} if gamma is None else {"gamma": torch.tensor(gamma, requires_grad=True)}
-    compare(assert_no_worse, {**tensors, "attn_mask": mask, **more}, is_causal=True)
+    compare({**tensors, "attn_mask": mask, **more}, is_causal=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", [CAUSAL, {"softcap": 3.0}], ids=str)
-def test_temperatures(assert_no_worse, dtype, how):
+def test_temperatures(dtype, how):
     tensors = drawn(70, H=4, Hkv=2, Dv=24, dtype=dtype)
-    compare(assert_no_worse, {**tensors, **temperatures(tensors)}, **how)
+    compare({**tensors, **temperatures(tensors)}, **how)
 
 
 @pytest.mark.parametrize(
@@ -157,24 +69,25 @@ def test_temperatures(assert_no_worse, dtype, how):
     ],
     ids=str,
 )
-def test_votes(assert_no_worse, shape, how):
+def test_votes(shape, how):
     gamma = torch.tensor(0.7, requires_grad=True)
-    compare(assert_no_worse, {**drawn(**shape), "gamma": gamma}, is_causal=True, **how)
+    compare({**drawn(**shape), "gamma": gamma}, is_causal=True, **how)
 
 
 @pytest.mark.parametrize("L", [63, 130])
-def test_few_votes_that_reach_far(assert_no_worse, sparse_votes, L):
+def test_few_votes_that_reach_far(sparse_votes, L):
     """With independent queries and keys the far keys are dead, and a wrong vote there could not be seen."""
-    query, key, value = sparse_votes(1, 2, 2, L, 16, dtype=torch.float32)
+    drawn = sparse_votes(1, 2, 2, L, 16, dtype=torch.float32)
+    query, key, value = (x.detach().to(DEVICE).requires_grad_() for x in drawn)
     gamma = torch.tensor(1.0, requires_grad=True)
-    compare(assert_no_worse, {"query": query, "key": key, "value": value, "gamma": gamma}, is_causal=True)
+    compare({"query": query, "key": key, "value": value, "gamma": gamma}, is_causal=True)
 
 
 @pytest.mark.parametrize("Hkv", [4, 2])
-def test_formula_fixture(assert_no_worse, formulas, Hkv):
+def test_formula_fixture(formulas, Hkv):
     given = formulas(a=0.5, Hkv=Hkv)
     tensors = {n: getattr(given, n).detach().float().requires_grad_() for n in ("query", "key", "value")}
-    compare(assert_no_worse, {**tensors, "gamma": torch.tensor(1.0, requires_grad=True)}, is_causal=True)
+    compare({**tensors, "gamma": torch.tensor(1.0, requires_grad=True)}, is_causal=True)
 
 
 def test_without_votes_selective_attention_is_plain_attention():
@@ -268,7 +181,7 @@ def test_gradients_through_dropout_are_those_of_the_kept_weights():
 @pytest.mark.parametrize("pairwise", [False, True])
 def test_symmetric_attention(assert_no_worse, pairwise):
     tensors = drawn(70)
-    pair = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    pair = normal((2, 16, 16), 1).requires_grad_()
     upstream = torch.randn(1, 2, 70, 16)
     given = {"shared": tensors["key"], "value": tensors["value"], **({"pair": pair} if pairwise else {})}
     with kernels("reference"):

@@ -1,0 +1,252 @@
+"""What a kernel of the dense family has to do for a shape: its programs, their tiles, and the work of one tile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from attnrewrite.kernels.dense.catalogue import padded
+from attnrewrite.kernels.dense.configs import Config
+
+FLOAT = 4
+_SPLIT = 2048  # keys, about what one sequence on a large device comes to
+_HALF = 2  # bytes of a penalty beside 16-bit inputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call: sizes as everywhere, and what its kernels are specialised for.
+
+    ``penalty`` and ``temperatures`` are those of selective attention and SSA; ``dead`` is the part of the tiles that
+    need not be visited, because the penalty leaves nothing of them.
+    """
+
+    B: int
+    H: int
+    Hkv: int
+    L: int
+    S: int
+    D: int
+    Dv: int
+    causal: bool = False
+    window: int | None = None
+    bits: int = 16
+    penalty: bool = False
+    temperatures: bool = False
+    dead: float = 0.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element."""
+        return self.bits // 8
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of a query and a key, of one head."""
+        return _tiles(seen_by_rows, self.L, self.S, self.causal, self.window, 1, 1)[0]
+
+    @property
+    def features(self) -> int:
+        """Features of a key and its value as tiles hold them."""
+        return padded(self.D) + padded(self.Dv)
+
+
+class Product(NamedTuple):
+    """A matrix product [m, k] x [k, n]."""
+
+    m: int
+    n: int
+    k: int
+
+
+class Tile(NamedTuple):
+    """The work of one step of a program's loop. ``simple``: float32 operations; ``loads``: bytes from the L2 cache."""
+
+    products: tuple[Product, ...]
+    exponentials: int
+    simple: int
+    loads: int
+
+
+class Work(NamedTuple):
+    """All programs of a launch. ``memory``: the bytes that the device's memory moves at least."""
+
+    programs: int
+    tiles: float
+    longest: int
+    """Tiles of the program that has most."""
+    shortest: int
+    tile: Tile
+    memory: float
+
+
+def forward(s: Shape, c: Config) -> Work:
+    """Online softmax over the keys of a block of rows."""
+    M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
+    products = (Product(M, N, D), Product(M, Dv, N))
+    extra = _addends(s) + (1 if s.temperatures else 0)
+    loads = N * s.features * s.size + _penalty_tile(s, M, N)
+    # Per pair: largest, fma of the exponent, sum, half of a rounding of two; per row the output is scaled down.
+    tile = Tile(products, M * N + M, round((3.5 + extra) * M * N) + M * Dv, loads)
+    once = s.size * (s.B * s.H * s.L * (s.D + s.Dv) + s.B * s.Hkv * s.S * (s.D + s.Dv)) + FLOAT * s.B * s.H * s.L
+    return _by_rows(s, c, s.B * s.H, tile, once + _penalty(s))
+
+
+def delta(s: Shape, c: Config) -> Work:
+    """Read output and its gradient once."""
+    M, Dv = c.block_m, padded(s.Dv)
+    programs = s.B * s.H * -(-s.L // M)
+    moved = s.B * s.H * s.L * (2 * s.Dv * s.size + FLOAT)
+    return Work(programs, programs, 1, 1, Tile((), 0, 3 * M * Dv, 2 * M * Dv * s.size), moved)
+
+
+def backward_keys(s: Shape, c: Config) -> Work:
+    """Go over the rows of all heads of the group, for a block of keys."""
+    M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
+    products = (Product(N, M, D), Product(N, M, Dv), Product(N, Dv, M), Product(N, D, M))
+    extra = _addends(s) + (1 if s.temperatures else 0)
+    scaled = M * D if s.temperatures else 0  # queries by their temperature, in every tile
+    loads = M * (s.features * s.size + 2 * FLOAT) + _penalty_tile(s, M, N)
+    tile = Tile(products, M * N, round((4 + extra) * M * N) + scaled, loads)
+    return _by_keys(s, c, s.B * s.Hkv, s.H // s.Hkv, tile, _backward_memory(s) + _penalty(s))
+
+
+def backward_queries(s: Shape, c: Config) -> Work:
+    """Go over the keys of a block of rows."""
+    M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
+    products = (Product(M, N, D), Product(M, N, Dv), Product(M, D, N))
+    extra = _addends(s) + (1 if s.temperatures else 0)
+    loads = N * s.features * s.size + _penalty_tile(s, M, N)
+    tile = Tile(products, M * N, round((3.5 + extra) * M * N), loads)
+    return _by_rows(s, c, s.B * s.H, tile, _backward_memory(s) + _penalty(s))
+
+
+def votes(s: Shape, c: Config) -> Work:
+    """Sum votes down a block of keys; one head. The sum is a product with a triangle, in tf32: half as fast."""
+    M, N, D = c.block_m, c.block_n, padded(s.D)
+    products = (Product(M, N, D), Product(M, N, 2 * M))
+    written = _penalty_tile(s, M, N)
+    tile = Tile(products, 0, 8 * M * N, M * D * s.size + written)
+    return _by_keys(s, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + _penalty(s))
+
+
+def backward_votes(s: Shape, c: Config) -> Work:
+    """Walk up a block of keys, at every step over all heads; what follows once per step is counted with them."""
+    M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
+    once = 2 * M * N * D * 2 + 2 * M * N * 2 * M  # own logits, gradient of own keys, sum over later rows
+    products = (Product(M, N, D), Product(M, N, Dv), Product(M, N, max(1, once // (2 * M * N * s.H))))
+    loads = (M + N) * s.features * s.size + M * 2 * FLOAT + _penalty_tile(s, M, N)
+    tile = Tile(products, M * N, 8 * M * N, loads)
+    return _by_keys(s, c, s.B, s.H, tile, _backward_memory(s) + 2 * _penalty(s))
+
+
+def backward_shared(s: Shape, c: Config) -> Work:
+    """Go over all rows as queries and as keys of a block."""
+    M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
+    products = (Product(M, N, D), Product(M, N, Dv), Product(M, N, Dv), Product(M, Dv, N), Product(M, D, N))
+    tile = Tile(products, 2 * M * N, 8 * M * N, N * ((s.features + padded(s.Dv)) * s.size + 2 * FLOAT))
+    return _by_rows(s, c, s.B * s.H, tile, _backward_memory(s))
+
+
+def live(s: Shape, c: Config) -> Work:
+    """Look at the rows from which on keys count for nothing, once per block of rows."""
+    blocks = -(-s.L // c.block_m)
+    tile = Tile((), 0, 2 * s.S, 4 * s.S)
+    return Work(s.B * blocks, s.B * blocks, 1, 1, tile, 4.0 * s.B * s.S)
+
+
+def decode(s: Shape, c: Config) -> Work:
+    """Read the keys of a split for all queries of a group. A step of selective attention reads and writes votes."""
+    M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
+    splits, blocks = -(-s.S // _SPLIT), -(-s.H // s.Hkv * s.L // M)
+    steps = -(-min(s.S, _SPLIT) // N)
+    products = (Product(M, N, D), Product(M, Dv, N))
+    votes = 2 * FLOAT if s.penalty else 0
+    tile = Tile(products, M * N, 6 * M * N, N * (s.features * s.size + votes))
+    programs = s.B * s.Hkv * splits * blocks
+    parts = FLOAT * s.B * s.H * s.L * splits * (s.Dv + 1)
+    moved = s.B * s.S * (s.Hkv * (s.D + s.Dv) * s.size + votes) + parts
+    return Work(programs, programs * steps, steps, steps, tile, moved)
+
+
+def merge(s: Shape, c: Config) -> Work:
+    """Read the parts of a row."""
+    splits = -(-s.S // _SPLIT)
+    programs = -(-s.B * s.H * s.L // c.block_m)
+    tile = Tile((), c.block_m, 4 * c.block_m * padded(s.Dv), FLOAT * c.block_m * (s.Dv + 1))
+    moved = s.B * s.H * s.L * (FLOAT * splits * (s.Dv + 1) + s.Dv * s.size)
+    return Work(programs, programs * splits, splits, splits, tile, moved)
+
+
+WORK: dict[str, Callable[[Shape, Config], Work]] = {
+    "forward": forward,
+    "delta": delta,
+    "backward_keys": backward_keys,
+    "backward_queries": backward_queries,
+    "backward_shared": backward_shared,
+    "decode": decode,
+    "merge": merge,
+    "votes": votes,
+    "live": live,
+    "backward_votes": backward_votes,
+}
+"""By the kernel's name in ``kernels/dense/catalogue.py``."""
+
+
+def _addends(s: Shape) -> int:
+    """Return the operations per pair that a penalty takes: scale, widen, fma."""
+    return 3 if s.penalty else 0
+
+
+def _penalty_tile(s: Shape, M: int, N: int) -> int:
+    return M * N * max(_HALF, s.size if s.bits == 32 else 0) if s.penalty else 0
+
+
+def _penalty(s: Shape) -> float:
+    """Return the bytes of the visible part of a penalty."""
+    return float(s.B * s.pairs * (FLOAT if s.bits == 32 else _HALF)) if s.penalty else 0.0
+
+
+def _backward_memory(s: Shape) -> float:
+    rows, keys = s.B * s.H * s.L, s.B * s.Hkv * s.S
+    return float(s.size * (rows + 2 * keys) * (s.D + s.Dv) + 2 * FLOAT * rows)
+
+
+def _by_rows(s: Shape, c: Config, heads: int, tile: Tile, memory: float) -> Work:
+    total, longest, shortest, blocks = _tiles(seen_by_rows, s.L, s.S, s.causal, s.window, c.block_m, c.block_n)
+    return Work(heads * blocks, heads * total * (1 - s.dead), longest, shortest, tile, memory)
+
+
+def _by_keys(s: Shape, c: Config, groups: int, inner: int, tile: Tile, memory: float) -> Work:
+    total, longest, shortest, blocks = _tiles(seeing_keys, s.S, s.L, s.causal, s.window, c.block_n, c.block_m)
+    tiles = groups * inner * total * (1 - s.dead)
+    return Work(groups * blocks, tiles, inner * longest, inner * shortest, tile, memory)
+
+
+Span = Callable[[int, int, int, bool, int | None], tuple[int, int]]
+
+
+def seen_by_rows(first: int, last: int, keys: int, causal: bool, window: int | None) -> tuple[int, int]:
+    """Return the keys [low, high) that some row of ``first`` to ``last`` sees."""
+    low = 0 if window is None else max(0, first - window + 1)
+    return low, min(keys, last + 1) if causal else keys
+
+
+def seeing_keys(first: int, last: int, rows: int, causal: bool, window: int | None) -> tuple[int, int]:
+    """Return the rows [low, high) that see some key of ``first`` to ``last``."""
+    high = rows if window is None else min(rows, last + window)
+    return first if causal else 0, high
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles(
+    span: Span, outer: int, inner: int, causal: bool, window: int | None, block: int, step: int
+) -> tuple[int, int, int, int]:
+    """Return the tiles of all blocks together, of the longest and of the shortest block, and the number of blocks."""
+    counts = []
+    for first in range(0, outer, block):
+        low, high = span(first, min(outer, first + block) - 1, inner, causal, window)
+        counts.append(max(0, -(-high // step) - low // step) if high > low else 0)
+    return sum(counts), max(counts, default=0), min(counts, default=0), len(counts)

@@ -1,0 +1,97 @@
+"""Attention of the dense family in three forms: the formula in float64, the formula as it is, and generated kernels.
+
+On a GPU where there is one, else in triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import torch
+from oracle import assert_no_worse, is_only_rounding
+
+from attnrewrite.functional import attention, selective_attention, ssa_attention
+from attnrewrite.kernels.dense.choice import kernels
+from attnrewrite.kernels.sdpa.reference import masked_softmax
+from attnrewrite.kernels.selective.reference import seen_by, selection_penalty
+from attnrewrite.kernels.ssa.reference import scaled
+from attnrewrite.kernels.visibility import accumulation_dtype, additive, repeat_kv, visible
+
+CAUSAL = {"is_causal": True}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def formula(
+    query, key, value, attn_mask=None, *, is_causal=False, window=None, softcap=None, tau=None, rho=None, gamma=None
+):
+    """Attention as an eager model writes it: products in the dtype of the inputs, softmax and votes in float32."""
+    dtype, (L, S) = query.dtype, (query.shape[2], key.shape[2])
+    wide = accumulation_dtype(dtype)
+    query, value = (x if t is None else scaled(x, t) for x, t in ((query, tau), (value, rho)))
+    seen = visible(L, S, is_causal=is_causal, window=window, attn_mask=attn_mask)
+    logits = (query @ repeat_kv(key, query.shape[1]).mT).to(wide) * query.shape[-1] ** -0.5
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    bias = additive(attn_mask)
+    logits = logits if bias is None else logits + bias.to(wide)
+    if gamma is not None:
+        logits = logits - gamma * selection_penalty(logits[:, 0], seen_by(seen, 0))[0].unsqueeze(1)
+    return masked_softmax(logits, seen).to(dtype) @ repeat_kv(value, query.shape[1])
+
+
+def ours(query, key, value, attn_mask=None, *, tau=None, rho=None, gamma=None, **how):
+    how |= {"enable_gqa": True}
+    if tau is not None:
+        return ssa_attention(query, key, value, tau, rho, attn_mask, **how)
+    if gamma is not None:
+        return selective_attention(query, key, value, attn_mask, gamma=gamma, **how)
+    return attention(query, key, value, attn_mask, **how)
+
+
+def outputs(function, tensors, upstream, how):
+    """The output, and the gradients by everything that has one."""
+    out = function(**tensors, **how)
+    learn = [x for x in tensors.values() if x.requires_grad]
+    return [out, *torch.autograd.grad((out * upstream.to(out.dtype)).sum(), learn)]
+
+
+def widened(tensors):
+    return {
+        n: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for n, x in tensors.items()
+    }
+
+
+def compare(tensors, **how):
+    exact = widened(tensors)
+    upstream = normal((*tensors["query"].shape[:3], tensors["value"].shape[3]), 7).to(tensors["query"].dtype)
+    true = outputs(formula, exact, upstream, how)
+    ordinary = outputs(formula, tensors, upstream, how)
+    with kernels("triton"):
+        found = outputs(ours, tensors, upstream, how)
+    names = ["out", *(n for n, x in tensors.items() if x.requires_grad)]
+    for name, a, b, c in zip(names, found, ordinary, true, strict=True):
+        assert a.dtype == b.dtype
+        if is_only_rounding(c):  # of products of size 1: ordinary PyTorch may be exact here by luck
+            assert (a - c).abs().max() < 32 * torch.finfo(a.dtype).eps, name
+        elif c.dim():
+            assert_no_worse(a, b, c, name, largest=False)
+        else:  # one number: a sum over all pairs, of which the rounding errors may cancel in one of the two
+            dtype = tensors["query"].dtype
+            least = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
+            assert (a - c).abs() <= max(2 * (b - c).abs(), least * max(1.0, float(c.abs()))), name
+
+
+def normal(shape, seed):
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)
+
+
+def drawn(L=63, S=None, H=2, Hkv=2, D=16, Dv=16, B=1, dtype=torch.float32, seed=0):
+    source = torch.Generator("cpu").manual_seed(seed)
+    shapes = {"query": (B, H, L, D), "key": (B, Hkv, S or L, D), "value": (B, Hkv, S or L, Dv)}
+    made = {n: torch.randn(shape, generator=source, device="cpu") for n, shape in shapes.items()}
+    return {n: x.to(DEVICE, dtype).requires_grad_() for n, x in made.items()}
+
+
+def temperatures(tensors, seed=1):
+    source = torch.Generator("cpu").manual_seed(seed)
+    sizes = {"tau": tensors["query"].shape[:3], "rho": tensors["value"].shape[:3]}
+    made = {n: torch.rand(size, generator=source, device="cpu") + 0.5 for n, size in sizes.items()}
+    return {n: x.to(DEVICE).requires_grad_() for n, x in made.items()}
