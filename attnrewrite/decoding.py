@@ -19,8 +19,16 @@ def state_layer(module: torch.nn.Module, args: tuple[Any, ...], kwargs: Mapping[
     for value in (*args, *kwargs.values()):
         cache = getattr(value, "self_attention_cache", value)  # of an encoder-decoder's pair
         if hasattr(cache, "get_mask_sizes"):  # what only transformers' caches have
-            return _adopted(cache, module.layer_idx, layer)
+            return _adopted(cache, _index(module, layer), layer)
     return None
+
+
+def _index(module: torch.nn.Module, layer: str) -> Any:
+    """Return which layer of a cache is the module's own, which transformers notes in every attention."""
+    for name in ("layer_idx", "layer_id"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise error("AR323", f"a {type(module).__name__} does not say which of its layers it uses", layer=layer)
 
 
 def _adopted(cache: Any, index: Any, layer: str) -> Any:

@@ -45,7 +45,7 @@ class EnterHook:
         names = (*self.names, "added") if self.config.adds_to_output else self.names
         held, summary = self.config.state_names, self.config.summary_names
         after = tuple(f"{name}_after" for name in self.config.summed_state)
-        more = dict.fromkeys(((), ("position",), ("budget",), after))
+        more = dict.fromkeys(((), ("position",), ("budget",), ("budget_in_place",), after))
         states = [(), *((*held, *x, *summary) for x in more if held)]
         self.sites = {
             (state, learning): markers.encode(
