@@ -69,6 +69,10 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
         self.limit = torch.tensor(budget)
         self.cumulative_length = 0
 
+    def room(self, L: int) -> int:
+        """Nothing is noted of drafts: what they evicted is gone."""
+        return 0
+
     def get_seq_length(self) -> int:
         """Return how many tokens the layer has seen."""
         return self.cumulative_length
@@ -81,8 +85,7 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
         """Grow by what is evicted and by L keys, and say how many may live. What is evicted is not got back."""
         for name in fresh.keys() & self.state.keys():
             self.state[name] = self._spread(self.state[name], 1, torch.inf if name == "votes" else 0)
-        grown = super().extend(fresh)
-        self.summed = tuple(summed)  # nothing is held of drafts: what they evicted is gone
+        grown = super().extend(fresh, summed)
         return {**{name: grown[name] for name in fresh}, self.limit_name: self.limit}
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
