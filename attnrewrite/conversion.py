@@ -99,7 +99,7 @@ def convert(
                 compare(model, example_inputs, inputs, expected)
         if before is not None:
             found = distance_from([before], model)
-            for _, hook in _hooks(model):
+            for _, hook in layer_hooks(model):
                 hook.distance = found
     except BaseException:
         _remove(model)
@@ -116,7 +116,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         VariantError: AR310 where it carries no conversion, AR322 where it was loaded without the replaced weights.
     """
     converted_layers(model)  # raises where there are none
-    for _, hook in _hooks(model):
+    for _, hook in layer_hooks(model):
         gone = [path for path, old in hook.originals.items() if any(p.is_meta for p in old.parameters())]
         if gone and not any(p.is_meta for p in model.parameters()):
             raise error("AR322", f"{gone[0]} was loaded without the weights it had before", layer=hook.layer)
@@ -126,7 +126,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
 def conversion_of(model: torch.nn.Module) -> Conversion | None:
     """Return what ``model`` was converted to, or None."""
-    hooks = [hook for _, hook in _hooks(model)]
+    hooks = [hook for _, hook in layer_hooks(model)]
     if not hooks:
         return None
     details = {hook.layer: hook.details for hook in hooks if hook.details}
@@ -161,7 +161,8 @@ def converted_layers(model: torch.nn.Module) -> dict[str, tuple[VariantConfig, t
     Raises VariantError AR310 where the model carries no conversion.
     """
     found = {
-        hook.layer: (hook.config, getattr(owner, hook.variant) if hook.names else None) for owner, hook in _hooks(model)
+        hook.layer: (hook.config, getattr(owner, hook.variant) if hook.names else None)
+        for owner, hook in layer_hooks(model)
     }
     if not found:
         raise error("AR310", f"{type(model).__name__} carries no conversion")
@@ -275,7 +276,8 @@ def _bring_back(model: torch.nn.Module, originals: Mapping[str, torch.nn.Module]
         model.set_submodule(path, old if like is None else old.to(like.device, like.dtype))
 
 
-def _hooks(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, EnterHook]]:
+def layer_hooks(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, EnterHook]]:
+    """Yield the layers that are converted, each with the hook that passes its parameters and state on."""
     for path, hook in _named_hooks(model):
         yield model.get_submodule(path), hook
 

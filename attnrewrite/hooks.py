@@ -25,8 +25,8 @@ class EnterHook:
 
     ``names`` are those of the new parameters and buffers. ``originals`` are the modules that were replaced, by path,
     and ``details`` what the replacement is; ``distance`` is that of the whole model when it was converted. ``added``
-    is, while the layer runs, what its output gets added. A plain object without handles, so that a converted model
-    can be copied and pickled.
+    is, while the layer runs, what its output gets added. ``drafts`` says that caches are to take back tokens of several
+    calls. A plain object without handles, so that a converted model can be copied and pickled.
     """
 
     layer: str
@@ -36,6 +36,7 @@ class EnterHook:
     details: dict[str, Any] = field(default_factory=dict)
     distance: Distance | None = None
     added: torch.Tensor | None = None
+    drafts: bool = False
 
     def __post_init__(self) -> None:
         settings = self.config.to_dict()
@@ -44,8 +45,8 @@ class EnterHook:
         self.paths = [name.split(".") for name in self.names]
         names = (*self.names, "added") if self.config.adds_to_output else self.names
         held, summary = self.config.state_names, self.config.summary_names
-        after = tuple(f"{name}_after" for name in self.config.summed_state)
-        more = dict.fromkeys(((), ("position",), ("budget",), after))
+        after = (*(f"{name}_after" for name in self.config.summed_state), *self.config.draft_names)
+        more = dict.fromkeys(((), ("position",), ("budget",), ("budget_in_place",), after))
         states = [(), *((*held, *x, *summary) for x in more if held)]
         self.sites = {
             (state, learning): markers.encode(
@@ -83,10 +84,12 @@ class EnterHook:
             parameters.append(self.added)
         state: dict[str, torch.Tensor] = {}
         if self.config.state_names:
-            held = state_layer(module, args, kwargs, self.layer)
+            held = state_layer(module, args, kwargs, self)
             fresh = {} if held is None else self.config.new_state(holder, x)
             if fresh:
                 state = held.extend(fresh, self.config.summed_state)
+                if (room := held.room(x.shape[1])) and self.config.draft_names:
+                    state |= held.draft(self.config.new_drafts(holder, x, room), room)
                 state |= held.summarize(self.config.new_summary(holder, x))
         marked: torch.Tensor = enter(x, [*parameters, *state.values()], self.sites[tuple(state), module.training])
         return marked
@@ -101,7 +104,7 @@ class LeaveHook:
     def __call__(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Let the cache's layer settle; return the output."""
         if self.enter.config.state_names:
-            held = state_layer(module, args, kwargs, self.enter.layer)
+            held = state_layer(module, args, kwargs, self.enter)
             if held is not None:
                 held.settle()
         return self.leave(output)

@@ -61,6 +61,8 @@ class Recipe:
 RECIPES = (
     Recipe("ssa", SSAConfig()),
     Recipe("selective, gate", SelectiveConfig()),
+    Recipe("selective, new-head", SelectiveConfig(mode="new-head")),
+    Recipe("selective, selector", SelectiveConfig(mode="selector")),
     Recipe("selective, raw", SelectiveConfig(mode="raw")),
     Recipe("symmetric", SymmetricConfig(form="symmetric", max_error=1.0)),
     Recipe("pairwise", SymmetricConfig(max_error=1.0)),

@@ -170,6 +170,24 @@ class VariantConfig:
         """
         return {}
 
+    @property
+    def draft_names(self) -> tuple[str, ...]:
+        """What is noted of the last tokens, so that they can be taken back: the names of ``new_drafts``."""
+        return ()
+
+    def new_drafts(self, holder: torch.nn.Module | None, x: torch.Tensor, room: int) -> dict[str, torch.Tensor]:
+        """Return room for the last ``room`` tokens of a call, ``[B, room, ...]`` by name, or longer by a fixed lead.
+
+        The rewrite writes into it. Other arguments as in ``new_state``.
+        """
+        return {}
+
+    def taken_back(
+        self, summary: Mapping[str, torch.Tensor], drafts: Mapping[str, torch.Tensor], count: int
+    ) -> dict[str, torch.Tensor]:
+        """Return the summary without the last ``count`` of the tokens that ``drafts`` tell of."""
+        return dict(summary)
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the module that holds the parameters and buffers of one layer, at their initial values."""
         raise NotImplementedError

@@ -109,6 +109,41 @@ class SEAConfig(VariantConfig):
             "values": x.new_zeros(B, Hkv, Dv, dtype=kind),
         }
 
+    @property
+    def draft_names(self) -> tuple[str, ...]:
+        """The factors of what is summed up, and the rows before either convolution."""
+        return ("drafted_keys", "drafted_values", "drafted_outer", "drafted_inner")
+
+    def new_drafts(self, holder: torch.nn.Module | None, x: torch.Tensor, room: int) -> dict[str, torch.Tensor]:
+        """Return ``[B, K, Hkv, F]``, ``[B, K, Hkv, D + Dv + 1]`` and twice ``[B, 4 + K, ch H, M / cs]``."""
+        from attnrewrite.kernels.sea.cnn import REACH
+
+        empty = self.new_summary(holder, x)
+        sums, rows = empty["sums"], empty["outer"]
+        B, Hkv, F, E = sums.shape
+        strip = (B, REACH + room, rows.shape[1], rows.shape[3])
+        shapes = ((B, room, Hkv, F), (B, room, Hkv, E), strip, strip)
+        return {name: sums.new_zeros(shape) for name, shape in zip(self.draft_names, shapes, strict=True)}
+
+    def taken_back(
+        self, summary: Mapping[str, torch.Tensor], drafts: Mapping[str, torch.Tensor], count: int
+    ) -> dict[str, torch.Tensor]:
+        """Return the summary without the last ``count`` tokens: less their part of the sums, and the rows before."""
+        import torch
+
+        from attnrewrite.kernels.sea.cnn import REACH
+
+        keys, values, outer, inner = (drafts[name] for name in self.draft_names)
+        keys, values = keys[:, -count:], values[:, -count:]
+        plain = values[..., -1 - summary["values"].shape[-1] : -1]  # without the code of positions, and the count
+        return {
+            "sums": summary["sums"] - torch.einsum("bkhf,bkhe->bhfe", keys, values),
+            "outer": outer[:, -count - REACH : -count].transpose(1, 2),
+            "inner": inner[:, -count - REACH : -count].transpose(1, 2),
+            "length": summary["length"] - values[:, :, 0, -1].sum(1).long(),
+            "values": summary["values"] - plain.sum(1),
+        }
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return the estimator of one layer, float32, at its start. Raises VariantError AR307 for symbolic sizes.
 

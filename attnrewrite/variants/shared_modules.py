@@ -123,6 +123,11 @@ def empty_modules(model: nn.Module, sharing: Sharing) -> dict[str, nn.Module]:
 
 def unusable(module: nn.Module) -> str | None:
     """Say why ``module`` is no ordinary linear layer, of torch or of transformers' GPT-2; None where it is one."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "in a torch.nn.MultiheadAttention, which has one parameter for all projections: none can be removed alone. "
+            "Write the layer with a torch.nn.Linear for each, and load the weights into them, first"
+        )
     if not (type(module) is nn.Linear or _is_conv1d(module)):
         made = f"{type(module).__module__}.{type(module).__qualname__}"
         return f"a {made}; needed is torch.nn.Linear, or transformers' Conv1D"

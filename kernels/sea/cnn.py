@@ -52,7 +52,8 @@ def causal_cnn(
         above: the last 4 rows before these, as the first and as the second convolution sees them; None for none.
 
     Returns:
-        Logits ``[B, H, T, M]`` in float32 (float64), and the rows to go on from.
+        Logits ``[B, H, T, M]`` in float32 (float64), and behind the 4 rows above them, those that either convolution
+        saw, ``[B, ch H, 4 + T, M / cs]``.
     """
     M = cnn.out_norm.weight.shape[0]
     padding = ~real[:, None, :, None]
@@ -119,11 +120,11 @@ def _above(rows: Tensor, n: Tensor) -> Tensor:
 
 
 def _dilated(rows: Tensor, layer: Affine, above: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Convolve with taps at the rows i - 4, i - 2, i and the columns - 2, 0, 2; return also the last 4 rows."""
+    """Convolve with taps at the rows i - 4, i - 2, i and the columns - 2, 0, 2; return also the rows it sees."""
     if above is None:
         above = rows.new_zeros(*rows.shape[:2], REACH, rows.shape[3])
     rows = torch.cat((above.to(rows.dtype), rows), dim=2)
-    return F.relu(F.conv2d(rows, *layer, padding=(0, 2), dilation=2)), rows[:, :, -REACH:]
+    return F.relu(F.conv2d(rows, *layer, padding=(0, 2), dilation=2)), rows
 
 
 def _normed(rows: Tensor, norm: Affine) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.sea.arguments import check_padding, check_rule, key_padding
-from attnrewrite.kernels.sea.estimator import Estimator, SEAState, causal_estimate
+from attnrewrite.kernels.sea.estimator import Estimator, SEAState, Trace, traced_estimate
 from attnrewrite.kernels.sea.pooling import visible_mean
 from attnrewrite.kernels.sea.reference import mixed
 from attnrewrite.kernels.sea.slices import Rule, visible_rows
@@ -67,7 +67,10 @@ def sea_decode(
     _check_state(T, S, state)
     padding, bias = key_padding(attn_mask, S)
     fresh = key[:, :, S - T :], value[:, :, S - T :]
-    return continued(query, key, value, *fresh, estimator, state, padding, bias, rule=rule, scale=scale, window=window)
+    out, after, _ = continued(
+        query, key, value, *fresh, estimator, state, padding, bias, rule=rule, scale=scale, window=window
+    )
+    return out, after
 
 
 def continued(
@@ -85,8 +88,8 @@ def continued(
     scale: float | None = None,
     window: int | None = None,
     position: Tensor | None = None,
-) -> tuple[Tensor, SEAState]:
-    """Compute ``sea_decode``, unchecked, for T new tokens that stand anywhere among S.
+) -> tuple[Tensor, SEAState, Trace]:
+    """Compute ``sea_decode``, unchecked, for T new tokens that stand anywhere among S, and what each did to the state.
 
     Args:
         query: ``[B, H, T, D]``.
@@ -106,7 +109,7 @@ def continued(
     (T, D), S = query.shape[2:], key.shape[2]
     rows = visible_rows(T, S, is_causal=True, window=window, padding=padding, device=query.device, first=position)
     real = rows.real.index_select(1, torch.arange(T, device=query.device) + (S - T if position is None else position))
-    estimate, estimator_state = causal_estimate(
+    estimate, estimator_state, trace = traced_estimate(
         query, fresh_key, fresh_value, estimator, real, None if state is None else state.estimator, earlier=S - T
     )
     factor = D**-0.5 if scale is None else scale
@@ -120,7 +123,7 @@ def continued(
         else:
             pooled = visible_mean(value.to(dtype), rows)
         out = mixed(sparse, pooled, rows, estimate.scale_prob, estimate.mix).to(query.dtype)
-    return out, SEAState(estimator_state, sums[:, :, -1])
+    return out, SEAState(estimator_state, sums[:, :, -1]), trace
 
 
 def _check_state(T: int, S: int, state: SEAState | None) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
-from attnrewrite.kernels.sea.cnn import Affine, CausalCnn, Cnn, bidirectional_cnn, causal_cnn
+from attnrewrite.kernels.sea.cnn import REACH, Affine, CausalCnn, Cnn, bidirectional_cnn, causal_cnn
 from attnrewrite.kernels.sea.linear import (
     linear_attention,
     positive_features,
@@ -95,6 +95,18 @@ class EstimatorState(NamedTuple):
     length: Tensor
 
 
+class Trace(NamedTuple):
+    """What each of T tokens did to an ``EstimatorState``, so that the last of them can be taken back.
+
+    ``keys`` are features ``[B, Hkv, T, F]`` and ``values`` ``[B, Hkv, T, D + Dv + 1]``, whose products are summed up;
+    the last column counts. ``rows`` are those before either convolution, ``[B, ch H, 4 + T, M / cs]``.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: tuple[Tensor, Tensor]
+
+
 class SEAState(NamedTuple):
     """The estimator's state, and the sum of the values of the real tokens, ``[B, Hkv, Dv]`` in float32 (float64)."""
 
@@ -126,6 +138,21 @@ def causal_estimate(
     Raises:
         LoweringError: AR402, an estimator of the other kind, or more positions than its table has.
     """
+    found, after, _ = traced_estimate(query, key, value, estimator, padding, state, earlier=earlier)
+    return found, after
+
+
+def traced_estimate(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    estimator: Estimator,
+    padding: Tensor | None = None,
+    state: EstimatorState | None = None,
+    *,
+    earlier: int = 0,
+) -> tuple[Estimate, EstimatorState, Trace]:
+    """Return what ``causal_estimate`` does, and what each token did to the state."""
     cnn = estimator.cnn
     if not isinstance(cnn, CausalCnn):
         raise error("AR402", "the estimator is bidirectional; needed is a causal one", hint="")
@@ -144,8 +171,11 @@ def causal_estimate(
             relu_features(query, estimator.features), keys, coded, None if state is None else state.sums
         )
     rows, scale_prob, mix = _rows(context, value, estimator)
-    estimated, above = causal_cnn(rows, cnn, real, None if state is None else state.above)
-    return Estimate(estimated, scale_prob, mix), EstimatorState(sums, above, before + real.sum(-1))
+    estimated, seen = causal_cnn(rows, cnn, real, None if state is None else state.above)
+    above = seen[0][:, :, -REACH:], seen[1][:, :, -REACH:]
+    counted = F.pad(coded, (0, 1), value=1.0).masked_fill(~real[:, None, :, None], 0.0)
+    after = EstimatorState(sums, above, before + real.sum(-1))
+    return Estimate(estimated, scale_prob, mix), after, Trace(keys, counted, seen)
 
 
 def bidirectional_estimate(

@@ -72,7 +72,8 @@ def selective_decode(
         softcap: bounds the logits before bias, mask and votes.
         budget: how many keys may be attended to, at least 2. When a new key makes them more, the one with the largest
             penalty is evicted for good before its query attends: never the new key nor a protected one, the oldest
-            among equals. A key that its own query does not see, such as padding, counts as evicted.
+            among equals. A key that its own query does not see, such as padding, counts as evicted, and so does one
+            that a later query does not see, such as one that has left the window.
         vote_query: ``[B, L, Ds]``, with ``vote_key`` a selector of its own, as in ``selective_attention``.
         vote_key: ``[B, S, Ds]``, cached and new ones.
 
@@ -88,7 +89,8 @@ def selective_decode(
     check_selector(query, key, vote_query, vote_key)
     (B, _, L, D), S = query.shape, key.shape[2]
     _check_state(state, B, L, S)
-    _check_budget(budget, window)
+    if budget is not None and budget < 2:
+        raise error("AR402", f"budget is {budget}; it takes at least 2, the first key and the newest", hint="")
     dtype = accumulation_dtype(query.dtype)
     strength = gamma if isinstance(gamma, Tensor) else query.new_full((), gamma, dtype=dtype)
     votes = query.new_zeros(B, S, dtype=dtype)
@@ -133,10 +135,3 @@ def _check_state(state: SelectionState | None, B: int, L: int, S: int) -> None:
     if state is not None and state.votes.shape != (B, S - L):
         has = " x ".join(map(str, state.votes.shape))
         raise error("AR402", f"state is for {has} keys; needed is B x (S - L) = {B} x {S - L}")
-
-
-def _check_budget(budget: int | None, window: int | None) -> None:
-    if budget is not None and budget < 2:
-        raise error("AR402", f"budget is {budget}; it takes at least 2, the first key and the newest", hint="")
-    if budget is not None and window is not None:
-        raise error("AR402", f"budget is {budget} and window is {window}; one of them bounds the cache", hint="")

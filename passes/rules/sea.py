@@ -13,9 +13,10 @@ from attnrewrite.kernels.sea.estimator import (
     Estimator,
     EstimatorState,
     SEAState,
+    Trace,
     bidirectional_estimate,
-    causal_estimate,
     is_causal,
+    traced_estimate,
 )
 from attnrewrite.kernels.sea.losses import approximation_loss, attention_loss, slice_widths, teacher_statistics
 from attnrewrite.kernels.sea.slices import Rule
@@ -27,6 +28,7 @@ from attnrewrite.passes.rules.sdpa import check_terms, common_dtype
 from attnrewrite.passes.rules.steps import check_causal, continues, first_position, put, real_tokens, step_mask
 
 _SUMMARY = ("sums", "outer", "inner", "length", "values")
+_DRAFTS = ("drafted_keys", "drafted_values", "drafted_outer", "drafted_inner")
 _NEAREST = "self-attention over a whole sequence, causal or not, masked by positions and padding only"
 
 
@@ -65,9 +67,9 @@ class SEARule:
 
         def sea(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            (estimated, scale_prob, mix), after = estimate(t, config)
-            if request.state and after is not None:
-                _remember(t, after, v)
+            (estimated, scale_prob, mix), left = estimate(t, config)
+            if request.state and left is not None:
+                _remember(t, *left, v)
             return sea_attention(
                 q,
                 k,
@@ -90,7 +92,7 @@ class SEARule:
 
         def step(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            out, after = continued(
+            out, after, trace = continued(
                 q,
                 k,
                 v,
@@ -104,7 +106,7 @@ class SEARule:
                 scale=t.site.scores.alpha,
                 position=t.extra.get("position"),
             )
-            _keep(t, after)
+            _keep(t, after, trace)
             return out
 
         return lambda t: step(t) if continues(t.site, request) else sea(t)
@@ -116,21 +118,25 @@ def _held(t: SiteTensors) -> SEAState:
     return SEAState(EstimatorState(sums, (outer, inner), length), values)
 
 
-def _keep(t: SiteTensors, state: SEAState) -> None:
-    """Write it."""
+def _keep(t: SiteTensors, state: SEAState, trace: Trace) -> None:
+    """Write it, and where the cache has room for it, what the last tokens did."""
     (sums, (outer, inner), length), values = state
     for name, value in zip(_SUMMARY, (sums, outer, inner, length, values), strict=True):
         t.extra[name].copy_(value)
+    for name, each in zip(_DRAFTS, (trace.keys, trace.values, *trace.rows), strict=True):
+        if name in t.extra:
+            room = t.extra[name]
+            room.copy_(each[:, :, each.shape[2] - room.shape[1] :].transpose(1, 2))
 
 
-def _remember(t: SiteTensors, after: EstimatorState, v: torch.Tensor) -> None:
+def _remember(t: SiteTensors, after: EstimatorState, trace: Trace, v: torch.Tensor) -> None:
     """Note what a whole sequence leaves for the tokens that follow it."""
     real = padding(t)
     if real is None:
         real = torch.ones(1, t.length, dtype=torch.bool, device=v.device)
     put(t, "real", real.expand(v.shape[0], -1))
     kept = v.to(t.extra["values"].dtype).masked_fill(~real[:, None, :, None], 0.0)
-    _keep(t, SEAState(after, kept.sum(2)))
+    _keep(t, SEAState(after, kept.sum(2)), trace)
 
 
 def _newest(t: SiteTensors, states: torch.Tensor) -> torch.Tensor:
@@ -138,10 +144,10 @@ def _newest(t: SiteTensors, states: torch.Tensor) -> torch.Tensor:
     return states.index_select(2, torch.arange(t.length, device=states.device) + first_position(t))
 
 
-def estimate(t: SiteTensors, config: Mapping[str, Any]) -> tuple[Estimate, EstimatorState | None]:
+def estimate(t: SiteTensors, config: Mapping[str, Any]) -> tuple[Estimate, tuple[EstimatorState, Trace] | None]:
     """Return the estimate of a site's attention, ``[B, H, L, M]``, with its two factors, ``[B, H, L]``.
 
-    Behind it, where it is causal, what the estimate of later tokens needs.
+    Behind it, where it is causal, what the estimate of later tokens needs, and what each token did to it.
     """
     q, k, v = common_dtype(t.query(), t.key(), t.value())
     documents, tensors = t.documents(), dict(t.extra)
@@ -151,7 +157,8 @@ def estimate(t: SiteTensors, config: Mapping[str, Any]) -> tuple[Estimate, Estim
         tensors["features"] = one_document(tensors["features"], documents)
     estimator = Estimator.named(tensors, config["slices"])
     if is_causal(t.extra):
-        return causal_estimate(q, k, v, estimator, padding(t))
+        found, after, trace = traced_estimate(q, k, v, estimator, padding(t))
+        return found, (after, trace)
     return bidirectional_estimate(q, k, v, estimator, padding(t)), None
 
 

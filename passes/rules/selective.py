@@ -36,7 +36,7 @@ class SelectiveRule:
     def check(self, site: Attention, request: Request) -> None:
         """Refuse (AR307) all but causal self-attention, over whole sequences or with a cache that holds votes."""
         if request.state:
-            _check_step(site, bounded="budget" in request.state)
+            _check_step(site, packed="budget" in request.state)
         else:
             _check_whole(site)
         heads = site.sizes()["H"]
@@ -71,8 +71,9 @@ class SelectiveRule:
 
         def continued(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            whole, bounded = same_length(t.site) and not t.site.visibility.dense, "budget" in t.extra
-            mask = _newest(t) if bounded and not whole else _mask(t, whole=whole)
+            whole = same_length(t.site) and not t.site.visibility.dense
+            limit = t.extra.get("budget", t.extra.get("budget_in_place"))
+            mask = _newest(t) if "budget" in t.extra and not whole else _mask(t, whole=whole)
             head, protect = (
                 int(request.config.get("selection_head", 0)),
                 bool(request.config.get("protect_first", True)),
@@ -102,7 +103,7 @@ class SelectiveRule:
                     seen,
                     position,
                     draw_seed(q, t.site.dropout),
-                    t.extra.get("budget"),
+                    limit,
                     scale,
                     t.site.dropout,
                     window,
@@ -127,7 +128,7 @@ class SelectiveRule:
                 after.copy_(received)
             for state, new in zip(states, (received[:, -1], exempt), strict=True):
                 state.copy_(new)
-            return out if bounded else empty_rows(t, out, q, k, v, forward=True)
+            return empty_rows(t, out, q, k, v, forward=True) if limit is None else out
 
         return continued if request.state else selective
 
@@ -168,7 +169,7 @@ def _mask(t: SiteTensors, *, whole: bool) -> torch.Tensor | None:
 
 
 def _newest(t: SiteTensors) -> torch.Tensor | None:
-    """Return the mask [B|1, H|1, L|1, S] of the new keys. A bounded cache holds older ones in places of its own."""
+    """Return the mask [B|1, H|1, L|1, S] of the new keys, where a bounded cache gives older ones side by side."""
     seen = t.visible()
     if seen is None:
         return None
@@ -176,12 +177,13 @@ def _newest(t: SiteTensors) -> torch.Tensor | None:
     return torch.nn.functional.pad(new, (t.width - t.length, 0), value=True)
 
 
-def _check_step(site: Attention, *, bounded: bool) -> None:
-    """Refuse (AR307) new queries that see later keys, and what depends on the places of keys in a bounded cache."""
+def _check_step(site: Attention, *, packed: bool) -> None:
+    """Refuse (AR307) new queries that see later keys, and what depends on the places of keys where they lie packed."""
     seen = site.visibility
-    if bounded and (seen.bias or seen.facts.window is not None):
+    if packed and (seen.bias or seen.facts.window is not None):
         what = "a window" if seen.facts.window is not None else "a bias"
-        raise Reject("AR307", f"{what} needs the places of keys, which a cache with budgets does not keep", site.anchor)
+        why = f"{what} needs the places of keys, which a cache with budgets gives with in_place=True"
+        raise Reject("AR307", why, site.anchor)
     check_causal(site)
 
 

@@ -179,6 +179,26 @@ def test_budgets_bound_the_memory_and_cuts_do_not_matter(model: Any) -> None:
     assert unbounded.nbytes() == 2 * LENGTH * slot
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_a_cache_of_the_size_of_smollm2_holds() -> None:
+    """9 heads of 64 on 3 of keys and values, as in SmolLM2-135M: what is held shrinks with the budget, to the byte."""
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 512}
+    model, N = converted(llama(num_hidden_layers=2, intermediate_size=1536, **sizes)), 384
+    ids = torch.randint(3, 60, (1, N), generator=torch.Generator().manual_seed(0))
+    held, logits = [], []
+    for budget in (None, N, 32):
+        cache = SelectiveCache(model.config, budget)
+        logits.append(model(ids, past_key_values=cache).logits)
+        held.append(cache.nbytes())
+    assert torch.equal(logits[0], logits[1]) and held[0] == held[1] == 2 * N * (2 * 3 * 64 * 4 + 5)
+    assert held[2] == held[0] * 32 // N
+    plain = DynamicCache(config=model.config)
+    model(ids, past_key_values=plain)
+    storages = [x.untyped_storage().nbytes() for layer in plain.layers for x in (layer.keys, layer.values)]
+    assert held[2] < sum(storages) / 11
+
+
 def test_generate_with_budgets_and_beams(model: Any) -> None:
     """Beams take what a bounded cache holds along, and never hold more."""
     given = {"attention_mask": MASK[:, :9], "do_sample": False, "num_beams": 2}

@@ -89,7 +89,7 @@ REFUSED: list[tuple[Callable[[], nn.Module], str]] = [
     (Tied, "v.weight in q: tied"),
     (Missing, "not finite"),
     (Subclass, "is a .*MyLinear; needed is torch.nn.Linear"),
-    (MultiheadAttention, "without its own module|needed is torch.nn.Linear"),
+    (MultiheadAttention, r"in a torch.nn.MultiheadAttention.* Write the layer with a torch.nn.Linear for each"),
 ]
 
 

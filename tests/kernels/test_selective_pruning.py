@@ -109,7 +109,7 @@ def test_a_vote_of_strength_zero_still_says_who_goes():
 
 def test_wrong_budgets_and_gradients():
     query, key, value, _ = waves()
-    for wrong in ({"budget": 1}, {"budget": 0}, {"budget": 8, "window": 4}):
+    for wrong in ({"budget": 1}, {"budget": 0}):
         with pytest.raises(LoweringError, match="budget is") as failure:
             selective_decode(query, key, value, **wrong)
         assert failure.value.code == "AR402"
@@ -126,3 +126,46 @@ def test_largest_penalty_goes_and_the_oldest_among_equals():
     alive = [set(x[0].nonzero().flatten().tolist()) for x in live]
     assert alive == [{0}, {0, 1}, {0, 1, 2}, {0, 2, 3}, {0, 3, 4}, {0, 4, 5}, {0, 5, 6}]
     assert math.isclose(float(selective_decode(query, key, value, budget=3)[0][0, 0, 6, 0]), 1.0)
+
+
+def row_by_row(query, key, value, bias, window, budget):
+    """Prune and attend one query at a time: what is out of sight goes, then the key with the most votes."""
+    logits = query @ key.mT * query.shape[-1] ** -0.5 + bias
+    out, live, votes, first = [], [set() for _ in query], torch.zeros(query.shape[0], query.shape[2]).double(), 0
+    for i in range(query.shape[2]):
+        rows = []
+        for b, held in enumerate(live):
+            held.add(i)
+            held -= {j for j in held if i - j >= window}
+            may_go = sorted(held - {first, i})
+            if len(held) > budget and may_go:
+                held.remove(max(may_go, key=lambda j: (float(votes[b, j]), -j)))
+            kept = sorted(held)
+            weights = torch.softmax(logits[b, :, i, kept] - votes[b, kept], -1)  # [H, K]
+            rows.append((weights.unsqueeze(-1) * value[b, :, kept]).sum(1))
+            for j in range(max(0, i - window + 1), i):
+                votes[b, j] += max(float(logits[b, 0, i, j]), 0.0) if j != first else 0.0
+        out.append(torch.stack(rows))
+    return torch.stack(out, 2), live
+
+
+@pytest.mark.parametrize("scores", [20, 1 << 22])
+@pytest.mark.parametrize(("window", "budget"), [(5, 3), (5, 5), (4, 9), (99, 4)])
+def test_windows_and_biases(window, budget, scores, monkeypatch):
+    """A key that leaves the window makes room; a bias says how far away a key is, and counts in the votes."""
+    monkeypatch.setattr(strips, "BUDGET", scores)
+    source = torch.Generator().manual_seed(2)
+    query, key, value = (torch.randn(2, 2, 12, 4, generator=source, dtype=torch.float64) for _ in range(3))
+    place = torch.arange(12, dtype=torch.float64)
+    bias = 0.3 * (place - place[:, None]).clamp(max=0) * torch.tensor([1.0, 0.5]).view(1, 2, 1, 1).double()
+    expected, last = row_by_row(query, key, value, bias, window, budget)
+    for cuts in ((), (3, 7), range(1, 12)):
+        state, out, start = None, [], 0
+        for stop in (*cuts, 12):
+            tokens = (query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop])
+            part = bias[:, :, start:stop, :stop]
+            piece, state = selective_decode(*tokens, state, part, window=window, budget=budget)
+            out.append(piece)
+            start = stop
+        torch.testing.assert_close(torch.cat(out, 2), expected, rtol=1e-12, atol=1e-13)
+        assert [set(x.nonzero().flatten().tolist()) for x in ~state.votes.isinf()] == last
