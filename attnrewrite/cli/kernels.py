@@ -46,10 +46,10 @@ def command(
 ) -> None:
     """Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.
 
-    Kernels are forward, delta, backward_keys, backward_queries, decode, merge, and for selective attention votes, live
-    and backward_votes. Neither a GPU nor triton is needed.
+    Kernels are forward, delta, backward_keys, backward_queries, decode, merge; for selective attention votes, live and
+    backward_votes; for symmetric attention backward_shared. Neither a GPU nor triton is needed.
     """
-    from attnrewrite.kernels.dense.catalogue import KERNELS, OF_VOTES
+    from attnrewrite.kernels.dense.catalogue import KERNELS, OF_SYMMETRY, OF_VOTES, users
 
     if action == "show":
         if what not in KERNELS:
@@ -57,7 +57,7 @@ def command(
         made = _made([what], variant, head_dim, value_dim, causal, settings)[what]
         output.result({"name": what, "digest": made.digest, "text": made.text}, lambda: Syntax(made.text, "python"))
         return
-    names = [name for name in KERNELS if variant == "selective" or name not in OF_VOTES]
+    names = [name for name in KERNELS if name not in (*OF_VOTES, *OF_SYMMETRY) or variant in users(name)]
     _emit(output, Path(what), _made(names, variant, head_dim, value_dim, causal, settings))
 
 
