@@ -11,7 +11,8 @@ from torch import Tensor
 
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.observation import Batch, Observed, outputs_observed
-from attnrewrite.passes.attention.site import SiteTensors
+from attnrewrite.passes.attention.site import SiteTensors, same_length
+from attnrewrite.passes.facts.collect import is_cross
 from attnrewrite.passes.rules import RULES
 from attnrewrite.passes.rules.sdpa import exact
 
@@ -24,7 +25,7 @@ class LayerDistance:
     """One attention layer beside the teacher's: relative errors in the Euclidean norm, one number per query head.
 
     ``maps``: of the attention weights, as far as they have the form of a matrix over the keys. ``outputs``: of the
-    attention's result, before the output projection.
+    attention's result, before the output projection. Queries at padding do not count.
     """
 
     layer: str
@@ -121,18 +122,28 @@ def _squares(function: Callable[[SiteTensors], Tensor], ours: SiteTensors, their
     def weights(t: SiteTensors, first: int) -> SiteTensors:
         return _Weights(t.site, t.values, t.extra, first)
 
+    nothing = _padded(theirs)
     maps: Any = sum(
-        _error_and_norm(function(weights(ours, first)), exact(weights(theirs, first)))
+        _error_and_norm(function(weights(ours, first)), exact(weights(theirs, first)), nothing)
         for first in range(0, theirs.width, _COLUMNS)
     )
-    return torch.stack([maps, _error_and_norm(function(ours), exact(theirs))])
+    return torch.stack([maps, _error_and_norm(function(ours), exact(theirs), nothing)])
 
 
-def _error_and_norm(found: Tensor, expected: Tensor) -> Tensor:
+def _padded(t: SiteTensors) -> Tensor | None:
+    """Return which queries are padding, [B|1, 1, L, 1]: in self-attention, those whose own keys are."""
+    real = t.padding()
+    if real is None or is_cross(t.site) or not same_length(t.site):
+        return None
+    return ~real.expand(-1, -1, -1, t.width).mT
+
+
+def _error_and_norm(found: Tensor, expected: Tensor, nothing: Tensor | None) -> Tensor:
     """Return sums of squares over all but the heads, [2, H]; what is no number in both is equal."""
     found, expected = found.double(), expected.double()
-    neither = found.isnan() & expected.isnan()
-    parts = (x.masked_fill(neither, 0.0) for x in (found - expected, expected))
+    equal = found.isnan() & expected.isnan()
+    equal = equal if nothing is None else equal | nothing
+    parts = (x.masked_fill(equal, 0.0) for x in (found - expected, expected))
     return torch.stack([x.square().sum((0, 2, 3)) for x in parts])
 
 

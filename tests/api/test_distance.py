@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from families import FAMILIES, build
+from families import FAMILIES, LENGTH, build, padded
 
 from attnrewrite import (
     AttnRewriteError,
@@ -119,6 +119,16 @@ def test_attention_is_compared_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
     for ours, theirs in zip(parts.layers, whole.layers, strict=True):
         assert (*ours.maps, *ours.outputs) == pytest.approx((*theirs.maps, *theirs.outputs), rel=1e-5)
     assert parts.kl == pytest.approx(whole.kl, rel=1e-9)
+
+
+def test_queries_at_padding_do_not_count() -> None:
+    """What routing gives there is 0, which the teacher does not; nothing reads either."""
+    family = next(family for family in FAMILIES if family.name == "bert")
+    teacher, inputs = build(family, "eager"), padded(family.inputs())
+    model = convert(copy.deepcopy(teacher), RoutingConfig(clusters=1, window_size=LENGTH), example_kwargs=inputs)
+    calibrate(model, [inputs])
+    found = distance(model, teacher, [inputs])
+    assert max(x for row in found.layers for x in (*row.maps, *row.outputs)) < 1e-5
 
 
 def test_a_soft_cap_is_part_of_the_teachers_attention() -> None:
