@@ -26,7 +26,7 @@ NAMES = sorted({str(operator) for operator in TABLE} - {READY, DOCUMENT})
 """The attentions; beside them there are two operators that only check."""
 NO_PART_OF_INFERENCE = (
     *("attnrewrite::enter", "_backward", "routing_learn", "selective_decode", "sea_decode", "selective_memory"),
-    "dense_attention",
+    *("dense_attention", "selective_kernels", "symmetric_kernels"),
 )
 """Markers, gradients, centroids that follow the data, a loss, decoding with a cache, and kernels: not in a program."""
 VISIBLE = [(True, None), (True, 3), (False, None)]
