@@ -1,8 +1,8 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
 ALIBI = False, CAUSAL = True, D = 64, DESCRIPTORS = False, DROPOUT = False, DV = 64, GROUP = 1, MASK = 'none', PAD_D =
-64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES =
-False, UPCAST = False, WINDOW = False
+64, PAD_DV = 64, PAIR = False, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False,
+TEMPERATURES = False, UPCAST = False, WINDOW = False
 
 Digest c9bdc9410bae5c85c524129993492a445d78cb414dfb24937855bbf58083eb8e.
 """

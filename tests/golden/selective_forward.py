@@ -1,8 +1,8 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
 ALIBI = False, CAUSAL = True, D = 128, DESCRIPTORS = False, DROPOUT = False, DV = 128, GROUP = 1, MASK = 'none', PAD_D =
-128, PAD_DV = 128, PENALTY = True, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES =
-False, UPCAST = False, WINDOW = True
+128, PAD_DV = 128, PAIR = False, PENALTY = True, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False,
+TEMPERATURES = False, UPCAST = False, WINDOW = True
 
 Digest 95cb42428bf5a6d19869719028a65963529c4e765bb0ff5b33f8fa8f611ec616.
 """

@@ -1,8 +1,8 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
 ALIBI = False, CAUSAL = False, D = 64, DESCRIPTORS = False, DROPOUT = False, DV = 64, GROUP = 4, MASK = 'keys', PAD_D =
-64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES =
-True, UPCAST = False, WINDOW = False
+64, PAD_DV = 64, PAIR = False, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False,
+TEMPERATURES = True, UPCAST = False, WINDOW = False
 
 Digest bdf5c183dfd7945f25a23eca4b29547fa4b540c5fd006684493e82a8516d1748.
 """
