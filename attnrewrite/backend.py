@@ -17,8 +17,10 @@ from torch._dynamo.exc import RestartAnalysis
 from attnrewrite.errors import AttnRewriteError, AttnRewriteWarning
 from attnrewrite.inner import compile_inner, inductor_modes
 from attnrewrite.kernels.dense.choice import Kernels, no_device
+from attnrewrite.kernels.dense.tuned import search_as
 from attnrewrite.kernels.diagnostics import closest, error
 from attnrewrite.kernels.store import artifacts  # noqa: F401  # makes them known to torch's cache artifacts
+from attnrewrite.kernels.store.modes import Search
 from attnrewrite.passes.graph.assumptions import Assumption, Guarded, assumptions
 from attnrewrite.passes.graph.capture import from_dynamo
 from attnrewrite.passes.pipeline import Pipeline
@@ -28,9 +30,10 @@ from attnrewrite.passes.rewriting.markers import has_markers
 from attnrewrite.passes.rewriting.select import Plan
 from attnrewrite.variants import VariantConfig, variant_info
 
-_CHOICES = {
+_CHOICES: dict[str, tuple[str | None, ...]] = {
     "kernels": ("auto", "triton", "reference"),
     "inner": ("inductor", "aot_eager", "eager"),
+    "autotune": (None, "cached", "off", "quick", "full"),
 }
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ class Backend:
     kernels: "auto" runs generated kernels on a GPU where there are any; "triton" makes their absence an error;
         "reference" is plain PyTorch.
     inner: the compiler for the rewritten graph.
+    autotune: what kernels of this process that have no tuning record do from now on: with "cached" and "off" they run
+        as they are, with "quick" and "full" they are tuned at the first call; None: as ATTNREWRITE_AUTOTUNE says.
     verify: whether every match is proved in float64 before it is used.
     report: a path for the report as JSON, or a function that is called with every graph's Report. Sites are drawn, as
         they are and as they become, where a report is wanted.
@@ -68,6 +73,7 @@ class Backend:
     strict: bool = False
     kernels: Kernels = "auto"
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    autotune: Search | None = None
     verify: bool = True
     report: str | Path | Callable[[Report], None] | None = None
     mode: str = "default"
@@ -83,10 +89,8 @@ class Backend:
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
-                raise error(
-                    "AR102",
-                    f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), choices)}",
-                )
+                words = [choice for choice in choices if choice is not None]
+                raise error("AR102", f"{name} is {getattr(self, name)!r}; {closest(str(getattr(self, name)), words)}")
         if self.mode not in inductor_modes():
             raise error("AR102", f"mode is {self.mode!r}; {closest(str(self.mode), inductor_modes())}")
         for name in ("strict", "verify"):
@@ -114,6 +118,8 @@ class Backend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         """Rewrite one Dynamo graph and compile it."""
+        if self.autotune is not None:
+            search_as(self.autotune)
         found = self._rewritten(gm, example_inputs)
         if found is None:
             return compile_inner(self.inner, self.mode, gm, example_inputs)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from attnrewrite.backend import Backend, globs
+from attnrewrite.backend import globs
 from attnrewrite.choice import Plan, check_names, choose, swaps, wishes
+from attnrewrite.compiled import compile_in_place, leave_uncompiled, uncompiled
 from attnrewrite.distances import Distance, distance_from, record
-from attnrewrite.dynamo import many_recompilations
-from attnrewrite.explanation import capture_model, uncompiled, without_cache
+from attnrewrite.explanation import capture_model, without_cache
 from attnrewrite.hooks import EnterHook, LeaveHook, MarkedForward
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.observation import Call
@@ -196,11 +196,6 @@ def _place(path: str, hook: EnterHook, place: str) -> str:
     return path.removesuffix(hook.layer) + place
 
 
-def compile_in_place(model: torch.nn.Module) -> None:
-    """Compile a converted model so that it can be called at once."""
-    model.compile(backend=Backend(inner="eager", strict=True), **many_recompilations())
-
-
 def install(
     model: torch.nn.Module,
     layer: str,
@@ -264,7 +259,7 @@ def _remove(model: torch.nn.Module) -> None:
         if hook.names:
             delattr(owner, hook.variant)
         _bring_back(model, {_place(path, hook, place): old for place, old in hook.originals.items()})
-    model._compiled_call_impl = None
+    leave_uncompiled(model)
 
 
 def _bring_back(model: torch.nn.Module, originals: Mapping[str, torch.nn.Module]) -> None:

@@ -54,8 +54,9 @@ def distance(model: torch.nn.Module, teacher: torch.nn.Module, batches: Iterable
     """Run both on ``batches``, each on its own activations, and compare what their attentions give.
 
     A layer's error holds that of the layers below it. ``kl`` is KL(teacher || model) over the last axis of ``logits``,
-    where the models give any. The teacher may be the converted ``model`` itself, which then runs as it was before,
-    unless the conversion replaced modules. Queries, keys and values of one batch at a time are kept, for all layers.
+    where the models give any; positions of padding do not count. The teacher may be the converted ``model`` itself,
+    which then runs as it was before, unless the conversion replaced modules. Queries, keys and values of one batch at a
+    time are kept, for all layers.
 
     Raises what the models raise, and CaptureError AR102 where their attentions are not the same layers.
     """
@@ -76,7 +77,7 @@ def distance_from(records: Iterable[Record], model: torch.nn.Module) -> Distance
         layers = [tensors.site.layer for tensors in theirs.attentions]
         found, out = _compared(model, theirs)
         sums = [a + b for a, b in zip(sums, found, strict=True)] if sums else found
-        divergence += _divergence(out, theirs.out)
+        divergence += _divergence(out, theirs)
     rows = [LayerDistance(layer, *map(_relative, part)) for layer, part in zip(layers, sums, strict=True)]
     return Distance(rows, float(torch.cat(divergence).mean()) if divergence else None)
 
@@ -151,11 +152,21 @@ def _relative(squares: Tensor) -> tuple[float, ...]:
     return tuple((squares[0] / squares[1].clamp(min=1e-300)).sqrt().tolist())
 
 
-def _divergence(found: Any, expected: Any) -> Iterator[Tensor]:
-    ours, theirs = (getattr(out, "logits", None) for out in (found, expected))
+def _divergence(found: Any, teacher: Record) -> Iterator[Tensor]:
+    ours, theirs = (getattr(out, "logits", None) for out in (found, teacher.out))
     if ours is None or theirs is None:
         return
-    parts = (x.flatten(0, -2).split(_POSITIONS) for x in (theirs, ours))
-    for their, our in zip(*parts, strict=True):
+    rows: tuple[Any, ...] = (theirs.flatten(0, -2), ours.flatten(0, -2), _real_positions(teacher, theirs).flatten())
+    for their, our, counts in zip(*(x.split(_POSITIONS) for x in rows), strict=True):
         p, q = their.double().log_softmax(-1), our.double().log_softmax(-1)
-        yield (p.exp() * (p - q)).sum(-1)
+        yield (p.exp() * (p - q)).sum(-1)[counts]
+
+
+def _real_positions(teacher: Record, logits: Tensor) -> Tensor:
+    """Return which positions of ``logits`` [B, L, V] are no padding in the last self-attention, [B, L]."""
+    own = [t for t in teacher.attentions if not is_cross(t.site) and same_length(t.site)]
+    padded = _padded(own[-1]) if own else None
+    real = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    if padded is None or real.dim() != 2 or padded.shape[2] < real.shape[1]:
+        return real
+    return real & ~padded[:, 0, -real.shape[1] :, 0].to(real.device)  # logits may be those of the last positions only

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from attnrewrite.kernels.places import without_credentials
@@ -39,7 +40,7 @@ def devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "kind": "cpu",
-            "name": platform.processor() or platform.machine(),
+            "name": cpu_model(),
             "threads": torch.get_num_threads(),
         }
     ]
@@ -52,6 +53,16 @@ def devices() -> list[dict[str, Any]]:
     except Exception as cause:
         found.append({"kind": "cuda", "name": f"cannot be asked: {cause}"})
     return found
+
+
+def cpu_model() -> str:
+    """Return the processor's name."""
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _shown(name: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from attnrewrite.compiled import uncompiled
 from attnrewrite.dynamo import capture_graphs, unchanged_buffers
 from attnrewrite.kernels.diagnostics import AttnRewriteError, error
 from attnrewrite.passes.attention.form import Attention
@@ -130,17 +131,6 @@ def export_model(
             raise
         except Exception as failure:
             raise _diagnose(model, args, inputs, failure) from failure
-
-
-@contextmanager
-def uncompiled(model: torch.nn.Module) -> Iterator[None]:
-    """Call the model's own code for a while, not what ``model.compile`` made of it."""
-    compiled = model._compiled_call_impl
-    model._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        model._compiled_call_impl = compiled
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from attnrewrite.conversion import converted_layers
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.observation import Observed, observed
 from attnrewrite.passes.rules.selective import needed_keys
-from attnrewrite.passes.rules.selective_ssa import tempered
+from attnrewrite.passes.rules.selective_ssa import with_temperatures
 from attnrewrite.variants import SelectiveConfig
 
 
@@ -60,7 +60,7 @@ class MemoryLoss:
     def _see(self, at: Observed) -> None:
         if at.request.variant not in ("selective", "selective_ssa"):
             return
-        t = tempered(at.tensors, at.request) if at.request.variant == "selective_ssa" else at.tensors
+        t = with_temperatures(at.tensors, at.request) if at.request.variant == "selective_ssa" else at.tensors
         needed = needed_keys(t, at.request, self.tau)  # [B, L]
         tokens = (needed > 0).sum(-1).clamp(min=1)  # a query that sees no key needs none
         self._shares.append((needed.max(-1).values / tokens).mean())

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from attnrewrite.compiled import uncompiled
 from attnrewrite.dynamo import many_recompilations
-from attnrewrite.explanation import uncompiled, without_cache
+from attnrewrite.explanation import without_cache
 from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors, nodes_read
 from attnrewrite.passes.graph.capture import Capture, from_dynamo

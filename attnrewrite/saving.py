@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import attnrewrite
+from attnrewrite.compiled import compile_in_place
 from attnrewrite.conversion import (
     Conversion,
-    compile_in_place,
     conversion_of,
     fit_errors,
     install,

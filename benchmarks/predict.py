@@ -34,14 +34,14 @@ def rows(model: Model) -> Iterator[dict[str, object]]:
     """Yield every goal with what the model expects."""
     with click.progressbar(GOALS, label="compiling", file=sys.stderr) as shown:
         for aim in shown:
-            expected, least = (None if x is None else round(x, 2) for x in (model.ratio(aim), model.floor(aim)))
+            expected, least = (round(x, 2) for x in (model.ratio(aim), model.floor(aim)))
             where = {"case": aim.case.name, "metric": aim.metric, "what": aim.text}
             yield {**where, "must": aim.must, "target": aim.target, "predicted": expected, "floor": least}
 
 
 def line(row: dict[str, object]) -> str:
     """Return a line of the table."""
-    cells = ["none" if x is None else f"{x:g}" if isinstance(x, float) else str(x) for x in row.values()]
+    cells = [f"{x:g}" if isinstance(x, float) else str(x) for x in row.values()]
     return "| " + " | ".join(cells) + " |"
 
 

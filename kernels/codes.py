@@ -311,6 +311,20 @@ _ALL = [
     ),
     # AR5xx: tuning and its store
     Diagnostic(
+        "AR501",
+        "no GPU to tune on",
+        "Times mean something on the device that will run the kernels, and this machine has none that triton can use. "
+        "Nothing was tuned.",
+        "run the command on a machine with the GPU, and share what it finds with `attnrewrite cache push` or a pack",
+    ),
+    Diagnostic(
+        "AR502",
+        "kernel was not tuned",
+        "No configuration could be compiled, checked and timed, or the device is of a generation without a cost model. "
+        "The kernel runs in the configuration that it has without tuning.",
+        "see the reason above; `attnrewrite env` shows the device and the versions",
+    ),
+    Diagnostic(
         "AR511",
         "tuning record is missing",
         "The mode is strict, and no stored record has exactly this key. The fields that differ from the nearest record "

@@ -20,7 +20,19 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def formula(
-    query, key, value, attn_mask=None, *, is_causal=False, window=None, softcap=None, tau=None, rho=None, gamma=None
+    query,
+    key,
+    value,
+    attn_mask=None,
+    *,
+    is_causal=False,
+    window=None,
+    softcap=None,
+    tau=None,
+    rho=None,
+    gamma=None,
+    vote_query=None,
+    vote_key=None,
 ):
     """Attention as an eager model writes it: products in the dtype of the inputs, softmax and votes in float32."""
     dtype, (L, S) = query.dtype, (query.shape[2], key.shape[2])
@@ -32,7 +44,10 @@ def formula(
     bias = additive(attn_mask)
     logits = logits if bias is None else logits + bias.to(wide)
     if gamma is not None:
-        logits = logits - gamma * selection_penalty(logits[:, 0], seen_by(seen, 0))[0].unsqueeze(1)
+        votes = logits[:, 0]
+        if vote_query is not None:
+            votes = (vote_query @ vote_key.mT).to(wide) * vote_query.shape[-1] ** -0.5
+        logits = logits - gamma * selection_penalty(votes, seen_by(seen, 0))[0].unsqueeze(1)
     return masked_softmax(logits, seen).to(dtype) @ repeat_kv(value, query.shape[1])
 
 

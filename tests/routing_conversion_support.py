@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import attnrewrite
 from attnrewrite import RoutingConfig
-from attnrewrite.conversion import compile_in_place
+from attnrewrite.compiled import compile_in_place
 from attnrewrite.variants.centroids import Centroids
 
 BY_NAME: dict[str, Family] = {family.name: family for family in FAMILIES}

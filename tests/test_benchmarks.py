@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from attnrewrite.bench.clock import interleave
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RESULT = {"schema", "entry", "question", "profile", "size", "environment", "figures", "facts", "notes"}
 FIGURE = {"case", "provider", "metric", "unit", "p20", "p50", "p80", "samples"}
 FIGURE |= {"floor", "over_floor", "goal", "met"}
 ENVIRONMENT = {"date", "versions", "system", "cpu", "cores", "threads"}
 COMPILES = ("kernels", "llama_eager", "attention_eager", "compile_share", "matchers", "memory", "variants")
-QUICK = ("import_time", "recognise", "tuning_store")
+QUICK = ("import_time", "recognise", "tuning_search", "tuning_store")
 NAMES = (*COMPILES, *QUICK)
 
 
@@ -99,6 +101,6 @@ def test_ratio_is_taken_round_by_round():
 def test_rounds_are_interleaved():
     order = []
     cases = {name: lambda name=name: order.append(name) for name in "abc"}
-    taken = load("measure").interleave(cases, 2, lambda *_: None, "", warmup=1)
+    taken = interleave(cases, 2, lambda *_: None, "", warmup=1)
     assert order == list("abc") + list("bca") + list("cab")
     assert {name: len(times) for name, times in taken.items()} == {"a": 2, "b": 2, "c": 2}

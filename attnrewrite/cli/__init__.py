@@ -18,6 +18,7 @@ from attnrewrite.kernels.diagnostics import AttnRewriteError, closest
 
 EXIT_ERROR, EXIT_USAGE, EXIT_NOTHING, EXIT_VERIFICATION, EXIT_INTERRUPTED = 1, 2, 3, 4, 130
 _EXIT_CODES = dict.fromkeys(("AR201", "AR306"), EXIT_NOTHING) | dict.fromkeys(("AR205", "AR313"), EXIT_VERIFICATION)
+_EXIT_CODES |= {"AR501": EXIT_USAGE}
 
 VERBS = {
     "variants": "List the attention variants, or show one with its fields.",
@@ -27,6 +28,8 @@ VERBS = {
     "distill": "Train what a conversion added to MODEL, and write it to OUT.",
     "export": "Write MODEL with its attention rewritten, for other compilers.",
     "kernels": "Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.",
+    "tune": "Find the fastest configuration of every kernel that MODEL, or a variant, runs, and store it.",
+    "bench": "Measure variants and what others offer for the same, side by side.",
     "cache": "Look into tuning records, and share them.",
     "eval": "Measure the perplexity of MODEL on a text: lower is better.",
     "env": "Show versions, devices and settings.",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from attnrewrite.loading import LoadedModel
     from attnrewrite.passes.matching.match import Found
     from attnrewrite.passes.report import Report
+    from attnrewrite.variants import VariantConfig
 
 ONLY = ("matched", "rejected", "not-attention")
 _EXAMPLES = (
@@ -67,9 +68,12 @@ def command(
     if is_program(model):
         report, found = _explain_program(output, model, variant)
     else:
+        from attnrewrite.variants import parse_config
+
+        config = None if variant is None else parse_config(variant, {})  # loading takes long: wrong words come first
         with output.step(f"loading {model}"):
             loaded = load_model(model, LoadOptions(batch, seq_len, dtype, attn))
-        report, found = _explain_model(output, loaded, variant)
+        report, found = _explain_model(output, loaded, config)
     if html is not None:
         from attnrewrite.render.html import write_html
 
@@ -108,12 +112,10 @@ def _explain_program(output: Output, path: str, variant: str | None) -> tuple[Re
     return report, found
 
 
-def _explain_model(output: Output, loaded: LoadedModel, variant: str | None) -> tuple[Report, Found]:
+def _explain_model(output: Output, loaded: LoadedModel, config: VariantConfig | None) -> tuple[Report, Found]:
     from attnrewrite.explanation import inspect_model
-    from attnrewrite.variants import parse_config
 
     with output.step(f"explaining {loaded.name}"):
-        config = None if variant is None else parse_config(variant, {})
         report, found = inspect_model(loaded.model, loaded.example_inputs, loaded.example_kwargs, config)
     report.model = loaded.name
     return report, found

@@ -46,8 +46,8 @@ def command(
 ) -> None:
     """Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.
 
-    Kernels are forward, delta, backward_keys, backward_queries, decode, merge; for selective attention votes, live and
-    backward_votes; for symmetric attention backward_shared. Neither a GPU nor triton is needed.
+    Kernels are forward, delta, backward_keys, backward_queries, decode, merge; for selective attention votes, live,
+    backward_logits and backward_votes; for symmetric attention backward_shared. Neither a GPU nor triton is needed.
     """
     from attnrewrite.kernels.dense.catalogue import KERNELS, OF_SYMMETRY, OF_VOTES, users
 

@@ -41,14 +41,14 @@ class Output:
         """The console of results."""
         from rich.console import Console
 
-        return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+        return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, emoji=False)
 
     @cached_property
     def err(self) -> Console:
         """The console of notes and errors."""
         from rich.console import Console
 
-        return Console(width=None if sys.stderr.isatty() else _PIPE_WIDTH, stderr=True, highlight=False)
+        return Console(width=None if sys.stderr.isatty() else _PIPE_WIDTH, stderr=True, highlight=False, emoji=False)
 
     def result(self, data: Mapping[str, Any], view: Callable[[], RenderableType]) -> None:
         """Print the result of a command: ``data`` as JSON, or ``view`` for people."""

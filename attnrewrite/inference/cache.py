@@ -90,8 +90,6 @@ class PrunedLayer(DynamicStateLayer):  # type: ignore[no-untyped-call]  # transf
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens. Raises VariantError AR323 where the layer that calls is not converted."""
-        if "votes" not in self.state:
-            raise error("AR323", "a layer that is not converted to selective attention uses a cache with budgets")
         if self.keys is not None and self.values is not None:
             self.keys, self.values = (self._spread(held, 2, 0) for held in (self.keys, self.values))
         self.cumulative_length += key_states.shape[-2]

@@ -31,8 +31,10 @@ LONGEST_DRAFT = 64
 class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers has no types here
     """What the kinds below share: the state of sequences goes where their keys go."""
 
+    config: VariantConfig | None
     state: dict[str, Tensor]
     summary: dict[str, Tensor]
+    awaited = 0
 
     def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
         """Append ``[B, L, ...]`` for the next L keys; return the state of all keys, for the call to write into.
@@ -40,6 +42,14 @@ class StateLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transform
         ``summed`` are the names of the state that later tokens change.
         """
         raise NotImplementedError
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys whose state is here. Raises VariantError AR323 where the layer that calls gave none."""
+        expected, self.awaited = self.awaited, 0
+        if expected != key_states.shape[-2]:
+            raise error("AR323", "the cache was filled by a converted layer, and the layer that uses it now is not one")
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[safe-super]  # the ordinary layer's
+        return found
 
     def summarize(self, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the summary, which begins as ``empty``, for the call to write into."""
@@ -110,7 +120,8 @@ class DynamicStateLayer(StateLayer, DynamicLayer):  # type: ignore[no-untyped-ca
 
     def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
         """Grow by L keys; ``NAME_after`` ``[B, K, S]`` takes what is summed, as it is after each of K last tokens."""
-        if not self.room(next(iter(fresh.values())).shape[1]):
+        self.awaited = next(iter(fresh.values())).shape[1]
+        if not self.room(self.awaited):
             self.drafts = {}  # those of calls before this one
         for name, new in fresh.items():
             self.state[name] = torch.cat((self.state[name], new), 1) if name in self.state else new
@@ -224,18 +235,20 @@ class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):  # type: 
 class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
     """A layer of fixed size."""
 
-    def __init__(self, max_cache_len: int) -> None:
+    def __init__(self, max_cache_len: int, config: VariantConfig) -> None:
         super().__init__(max_cache_len)
+        self.config = config
         self.state, self.summary = {}, {}
 
     @classmethod
     def like(cls, layer: Any, config: VariantConfig) -> StaticStateLayer:
         """Return an empty layer in the place of an ordinary one, for the state of a variant."""
-        return cls(layer.max_cache_len)
+        return cls(layer.max_cache_len, config)
 
     def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
         """Write behind the keys that are held; ``position`` says where."""
-        device = next(iter(fresh.values())).device
+        first = next(iter(fresh.values()))
+        self.awaited, device = first.shape[1], first.device
         position = self.cumulative_length.to(device, copy=True)  # the layer counts on in place
         for name, new in fresh.items():
             if name not in self.state:

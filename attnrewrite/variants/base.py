@@ -138,6 +138,11 @@ class VariantConfig:
         return ()
 
     @property
+    def state_is_optional(self) -> bool:
+        """Whether a call may do without the state, for a cache of another kind or one that is filled already."""
+        return False
+
+    @property
     def summed_state(self) -> tuple[str, ...]:
         """Names of the state ``[B, S]`` of a key that later tokens change.
 

@@ -67,8 +67,7 @@ class SelectiveConfig(VariantConfig):
     @property
     def state_names(self) -> tuple[str, ...]:
         """The votes that each key has received, whether votes on it count, and keys and values of a new head."""
-        own = {"selector": ("vote_key",), "new-head": ("vote_key", "vote_value")}
-        return ("votes", "protected", *own.get(self.mode, ()))
+        return state_of_votes(self.mode)
 
     @property
     def summed_state(self) -> tuple[str, ...]:
@@ -128,6 +127,12 @@ class SelectiveConfig(VariantConfig):
         if self.mode == "ramp":
             steps = holder.get_buffer("steps").add_(1)
             holder.get_buffer("gamma").copy_((steps / self.ramp_steps).clamp(max=1.0))
+
+
+def state_of_votes(mode: str) -> tuple[str, ...]:
+    """Return the names of what the votes of a mode need of earlier tokens."""
+    own = {"selector": ("vote_key",), "new-head": ("vote_key", "vote_value")}
+    return ("votes", "protected", *own.get(mode, ()))
 
 
 def head_and_width(site: Attention) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from attnrewrite.variants.selective import SelectiveConfig
+from attnrewrite.variants.selective import SelectiveConfig, state_of_votes
 from attnrewrite.variants.ssa import SSAConfig
 
 if TYPE_CHECKING:
@@ -44,6 +44,20 @@ class SelectiveSSAConfig(SelectiveConfig, SSAConfig):
         """Where both do."""
         ssa = SSAConfig(position=self.position, parts=self.parts)
         return SelectiveConfig(self.mode).starts_as_identity and ssa.starts_as_identity
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """What both keep."""
+        return (*state_of_votes(self.mode), *(("index",) if self.on != "query" else ()))
+
+    @property
+    def state_is_optional(self) -> bool:
+        """Votes are needed."""
+        return False
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return what both keep of new tokens."""
+        return {**SelectiveConfig.new_state(self, holder, x), **SSAConfig.new_state(self, holder, x)}
 
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return SSA's module with the factor of the votes. Raises VariantError AR307."""

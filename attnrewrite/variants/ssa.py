@@ -47,6 +47,22 @@ class SSAConfig(VariantConfig):
         """Gates start at 0, and linear gains too."""
         return self.position == "linear" or self.parts == "token"
 
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The index of each key among real tokens: the values in the cache have their temperatures already."""
+        return ("index",) if self.on != "query" else ()
+
+    @property
+    def state_is_optional(self) -> bool:
+        """From values without their temperatures these are computed at each step."""
+        return True
+
+    def new_state(self, holder: torch.nn.Module | None, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return places ``[B, L]`` for the indices of new keys."""
+        import torch
+
+        return {"index": x.new_zeros(x.shape[:2], dtype=torch.int32)} if self.on != "query" else {}
+
     def module(self, site: Attention, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Return gates and gains of one layer: ``[H, D]``, ``[H, H, D]`` or ``[1, H, D]`` for queries, and 0-d.
 

@@ -7,8 +7,9 @@ import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path
 from typing import Any
+
+from attnrewrite.env import cpu_model
 
 PACKAGES = ("attnrewrite", "torch", "triton", "transformers")
 
@@ -48,16 +49,6 @@ def _driver() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return dict(zip(fields, (value.strip() for value in said.split(",")), strict=False))
-
-
-def cpu_model() -> str:
-    """Return the processor's name."""
-    table = Path("/proc/cpuinfo")
-    if table.is_file():
-        for line in table.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from attnrewrite.bench.clock import quantile, rounded
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -91,17 +93,3 @@ def ratio(
     (peer, over), (ours, under) = above, below
     samples = [a / b for a, b in zip(over, under, strict=True)]
     return Figure(case, f"{peer} / {ours}", metric, "x", samples, goal=goal)
-
-
-def quantile(samples: Sequence[float], part: float) -> float:
-    """Return a quantile, with linear interpolation."""
-    ordered = sorted(samples)
-    place = part * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def rounded(value: float) -> float:
-    """Keep five significant digits."""
-    return float(f"{value:.5g}")

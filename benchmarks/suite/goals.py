@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-
-class Case(NamedTuple):
-    """Inputs ``[B, H, N, D]``; for "decode", one query to N keys."""
-
-    name: str
-    B: int
-    H: int
-    N: int
-    D: int
-    causal: bool = True
-
+from attnrewrite.bench.case import Case
 
 P1 = Case("P1", 4, 16, 4096, 64)
 P2 = Case("P2", 2, 16, 8192, 128)
 BLOCK = Case("block", 16, 16, 512, 64, causal=False)
-DECODE = Case("decode", 1, 16, 32768, 64)
+DECODE = Case("decode", 1, 16, 32768, 64, step=True)
 MEMORY = Case("memory", 1, 16, 16384, 64)
 CASES = {case.name: case for case in (P1, P2, BLOCK, DECODE, MEMORY)}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.splits import split
 from attnrewrite.kernels.generation.resources import Resources
 from attnrewrite.kernels.tuning.cost import Rates, floor, predict
 from attnrewrite.kernels.tuning.device import Device
@@ -31,6 +32,7 @@ from suite.goals import (
 
 Usage = Callable[[str, str, int, Config, str, bool], Resources]
 BACKWARD = ("delta", "backward_keys", "backward_queries")
+_OF_VOTES = ("backward_logits", "backward_votes")
 _FLEX_FORWARD = (
     Config(128, 64, 4, 3),
     Config(128, 128, 4, 3),
@@ -44,8 +46,12 @@ _FLEX_BACKWARD = {
 }
 """What max-autotune tries of FlexAttention on sm_90, less what differs in stages alone, and for the backward pass the
 default; torch 2.11, ``torch/_inductor/template_heuristics/triton.py``."""
+_FLEX_DECODE = (Config(16, 64, 2, 3), Config(16, 32, 2, 3), Config(16, 128, 2, 3), Config(16, 64, 2, 1))
+"""What max-autotune tries where queries are few; it splits the keys by ``get_split_k`` of flex_decoding.py."""
 _FLEX_DEFAULT = {128: Config(128, 64, 8, 3)}
 """Of the forward pass by features, where it is not among those."""
+_GROWN = 2
+"""Small kernels of torch before a step of selective attention: the votes and the protected keys grow."""
 _OPTIONS = {"sdpa": {}, "ssa": {"temperatures": True}, "selective": {"penalty": True}}
 
 
@@ -57,16 +63,14 @@ class Model:
     rates: Rates
     usage: Usage
 
-    def ratio(self, aim: Aim) -> float | None:
-        """Return what an aim's ratio, or amount, is expected to be; None where no kernel is modelled yet."""
+    def ratio(self, aim: Aim) -> float:
+        """Return what an aim's ratio, or amount, is expected to be."""
         if aim.case == MEMORY:
             return extra_memory(aim.case) / 1e9
         over = self.seconds(aim.over, aim.case, aim.metric)
-        under = [self.seconds(name, aim.case, aim.metric) for name in aim.under]
-        known = [x for x in under if x is not None]
-        return over / min(known) if over is not None and known else None
+        return over / min(self.seconds(name, aim.case, aim.metric) for name in aim.under)
 
-    def floor(self, aim: Aim) -> float | None:
+    def floor(self, aim: Aim) -> float:
         """Return the physical floor of an aim's ratio: the busiest unit alone, over what the peer is expected to take.
 
         Where both are ours, over the other's floor.
@@ -79,13 +83,13 @@ class Model:
         least = self._floor(aim.over, case, metric)
         ours = aim.under[0] in (PLAIN, SELECTIVE, VANILLA)
         under = self._floor(aim.under[0], case, metric) if ours else self.seconds(aim.under[0], case, metric)
-        return None if under is None else least / under
+        return least / under
 
-    def seconds(self, provider: str, case: Case, metric: str) -> float | None:
-        """Return the expected time, None for what is not modelled."""
+    def seconds(self, provider: str, case: Case, metric: str) -> float:
+        """Return the expected time."""
         forward = metric == "forward"
         if provider in (STEP, FLEX_STEP):
-            return None
+            return self._step(case, provider == STEP)
         if provider == CUDNN:
             return 2 * case.B * case.H * case.N**2 * case.D / CUDNN_FORWARD_D128[case.N]
         if provider.startswith(FLEX):
@@ -112,12 +116,12 @@ class Model:
         return sum(self.kernel(name, _compiled(name, variant), case, first(name, case), dead) for name in names)
 
     def _selective(self, case: Case, forward: bool, dead: float) -> float:
-        cleared = case.B * case.N**2 * 2 / self.device.memory + self.rates.launch
-        votes = cleared + self._sum(("votes",), "selective", case)
+        votes = self._sum(("votes",), "selective", case)
         if forward:
             return votes + self._sum(("forward",), "selective", case, dead)
+        cleared = case.B * case.N**2 * 2 / self.device.memory + self.rates.launch
         own = self._gemm(case.B, case.N, case.D, case.N, 2)  # the selection head's queries
-        return votes + own + self._sum((*BACKWARD, "backward_votes"), "selective", case, dead)
+        return cleared + votes + own + self._sum((*BACKWARD, *_OF_VOTES), "selective", case, dead)
 
     def _flex(self, case: Case, forward: bool, variant: str) -> float:
         names = ("forward",) if forward else BACKWARD
@@ -125,6 +129,21 @@ class Model:
             min(self.kernel(name, _compiled(name, variant), case, config) for config in flex_configs(name, case))
             for name in names
         )
+
+    def _step(self, case: Case, ours: bool) -> float:
+        """Return the seconds of one query to all keys; whoever puts the parts together takes as long as our kernel."""
+        groups, processors = case.B * case.H, self.device.sms
+        parts = split(groups, case.N, processors).parts if ours else max(1, processors // groups * 2)
+        tried = (first("decode", case),) if ours else _FLEX_DECODE
+
+        def seconds(name: str, config: Config) -> float:
+            variant = "selective" if ours and name == "decode" else "sdpa"
+            used = self.usage(name, variant, case.D, config, self.device.target, case.causal)
+            of = replace(shape(case, variant), L=1, parts=parts)
+            return predict(name, config, of, used, self.device, self.rates)
+
+        together = min(seconds("decode", config) for config in tried) + seconds("merge", first("merge", case))
+        return together + (_GROWN * self.rates.launch if ours else 0.0)
 
     def _gemm(self, batch: int, m: int, n: int, k: int, size: int) -> float:
         """Return the seconds of ``batch`` products [m, k] x [k, n], of which ``size`` bytes per result are moved."""
@@ -140,7 +159,7 @@ class Model:
         variant = {PLAIN: "sdpa", SSA: "ssa"}.get(provider, "selective")
         names: tuple[str, ...] = ("forward",) if metric == "forward" else BACKWARD
         if variant == "selective":
-            names += ("votes",) if metric == "forward" else ("votes", "backward_votes")
+            names += ("votes",) if metric == "forward" else ("votes", *_OF_VOTES)
         dead = 0.75 if provider == DEAD else 0.0
         return sum(floor(name, shape(case, variant, 0.0 if name == "votes" else dead), self.device) for name in names)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from attnrewrite.bench.clock import Tick
 from suite.figures import Result
-from suite.measure import Tick
 
 Size = Mapping[str, Any]
 
@@ -115,6 +115,15 @@ ENTRIES = {
             {
                 "cpu": {"records": 100_000, "launched": 50, "calls": 100_000, "rounds": 9, "fresh": 7},
                 "smoke": {"records": 20, "launched": 5, "calls": 10, "rounds": 2, "fresh": 1},
+            },
+        ),
+        Entry(
+            "tuning_search",
+            "How near is a tuned configuration to the best of all, and do tuners agree?",
+            "tuning_search",
+            {
+                "cpu": {"kernels": 100, "sigmas": [0.05, 0.08, 0.12], "tuners": 8},
+                "smoke": {"kernels": 2, "sigmas": [0.05], "tuners": 2},
             },
         ),
         Entry(

@@ -9,20 +9,7 @@ from typing import NamedTuple
 import jinja2
 
 from attnrewrite.kernels.tuning.device import Device
-
-WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 640, 420, 64, 48, 300
-_COLOURS = (
-    "#1b6ca8",
-    "#c8553d",
-    "#588157",
-    "#7b2cbf",
-    "#b08900",
-    "#3a3a3a",
-    "#d62976",
-    "#00798c",
-    "#8d5524",
-    "#6b705c",
-)
+from attnrewrite.render.curves import BOTTOM, COLOURS, HEIGHT, LEFT, LEGEND, WIDTH, decades
 
 
 class Dot(NamedTuple):
@@ -68,8 +55,8 @@ transform="rotate(-90 14 {{ height / 2 }})">TFLOP/s of plain attention</text>
 def roofline(title: str, device: Device, widths: Sequence[int], dots: Sequence[Dot]) -> str:
     """Draw ``dots``, and a line for each of ``widths``, features per head: products and exponentials in turns."""
     matmul, memory = device.matmul / 1e12, device.memory / 1e12
-    low_x, high_x = _decades([matmul / memory, *(dot.intensity for dot in dots)])
-    low_y, high_y = _decades([matmul, *(dot.rate for dot in dots)])
+    low_x, high_x = decades([matmul / memory, *(dot.intensity for dot in dots)])
+    low_y, high_y = decades([matmul, *(dot.rate for dot in dots)])
     floor, height = HEIGHT - BOTTOM, max(HEIGHT, 40 + 16 * len(dots))
 
     def x(value: float) -> float:
@@ -92,12 +79,7 @@ def roofline(title: str, device: Device, widths: Sequence[int], dots: Sequence[D
         roof=" ".join(f"{x(a)},{y(b)}" for a, b in corners),
         ceilings=[(y(1 / (1 / matmul + 1e12 / (4 * d * device.exponentials))), f"no overlap, d = {d}") for d in widths],
         dots=[
-            (x(dot.intensity), y(dot.rate), _COLOURS[n % len(_COLOURS)], dot.label, 28 + 16 * n)
+            (x(dot.intensity), y(dot.rate), COLOURS[n % len(COLOURS)], dot.label, 28 + 16 * n)
             for n, dot in enumerate(dots)
         ],
     )
-
-
-def _decades(values: Sequence[float]) -> tuple[int, int]:
-    """Return the powers of ten around the values."""
-    return math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)) + 1e-9)

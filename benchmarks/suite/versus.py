@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch._dynamo.utils
 
+from attnrewrite.bench.clock import Tick, interleave, waiting, wall
 from suite.figures import Figure, Goal, Result, ratio
 from suite.llama import flops, outputs, train
-from suite.measure import Tick, interleave, waiting, wall
 
 if TYPE_CHECKING:
     from suite.registry import Size
@@ -86,9 +86,9 @@ def _compare(
         for done, name in enumerate(runs):
             tick(f"compiling: {name}, {metric}, {place}", done, len(runs))
             cases[name]()
-        graphs, clock, used = _graphs(), time.perf_counter(), time.process_time()
+        graphs, start, used = _graphs(), time.perf_counter(), time.process_time()
         taken = interleave(cases, rounds, tick, f"{metric}, {place}", clock)
-        got = (time.process_time() - used) / (time.perf_counter() - clock)
+        got = (time.process_time() - used) / (time.perf_counter() - start)
         if _graphs() != graphs:
             raise RuntimeError(f"something was compiled while the clock ran: {metric}, {place}")
         rate = product / min(taken.pop("matmul"))

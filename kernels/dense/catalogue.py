@@ -26,6 +26,7 @@ KERNELS = {
     "merge": Template("decode", "attention_merge"),
     "votes": Template("votes", "selective_votes"),
     "live": Template("live", "selective_live"),
+    "backward_logits": Template("backward_logits", "selective_backward_logits"),
     "backward_votes": Template("backward_votes", "selective_backward_votes"),
 }
 
@@ -37,7 +38,7 @@ VARIANTS: dict[str, dict[str, Flag]] = {
 }
 """What each variant sets."""
 
-OF_VOTES = ("votes", "live", "backward_votes")
+OF_VOTES = ("votes", "live", "backward_logits", "backward_votes")
 """Kernels of selective attention alone."""
 
 

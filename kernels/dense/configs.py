@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 
 class Config(NamedTuple):
@@ -13,21 +14,27 @@ class Config(NamedTuple):
     warps: int = 4
     stages: int = 2
 
+    @classmethod
+    def stored(cls, fields: Iterable[tuple[str, Any]]) -> Config:
+        """Return what a tuning record says, which was found valid."""
+        return cls(**dict(fields))
+
 
 _SMALLEST = Config(16, 16, 4, 1)
 _NARROW, _MIDDLE = 64, 128
-_FORWARD = (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2))
+_FORWARD = (Config(128, 32, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2))
 _WIDTHS: dict[str, tuple[Config, Config, Config]] = {
     "forward": _FORWARD,
     "live": _FORWARD,
     "delta": (Config(128, 16), Config(128, 16), Config(64, 16)),
     "backward_keys": (Config(64, 128, 8, 3), Config(32, 64, 8, 3), Config(32, 32, 8, 1)),
-    "backward_queries": (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
+    "backward_queries": (Config(64, 32, 4, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
     "backward_shared": (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 8, 1)),
     "decode": (Config(16, 128, 4, 3), Config(16, 64, 4, 3), Config(16, 32, 4, 2)),
     "merge": (Config(4, 16), Config(4, 16), Config(4, 16)),
     "votes": (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
-    "backward_votes": (Config(32, 64, 4, 1), Config(32, 64, 8, 1), Config(16, 32, 8, 1)),
+    "backward_logits": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 1)),
+    "backward_votes": (Config(64, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 1)),
 }
 """For heads of up to 64, 128 and 256 features in 16 bit; docs/kernels.md says what they use."""
 

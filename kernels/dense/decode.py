@@ -9,10 +9,9 @@ from torch import Tensor
 
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.launch import run
+from attnrewrite.kernels.dense.splits import split
 
 MOST_QUERIES = 16
-_SHARE = 256
-"""Keys of a split are a multiple of it: of every block of keys."""
 
 
 class Voting(NamedTuple):
@@ -34,9 +33,7 @@ def decode(call: Call, voting: Voting | None = None) -> tuple[Tensor, Tensor]:
     """Return what ``launch.forward`` does. With ``voting``, whose ``received`` is written, there is one query."""
     B, H, Hkv, L, S = call.sizes
     Dv = call.value.shape[3]
-    splits = split_count(B * Hkv, S, _processors(call.query.device))
-    share = max(1, -(-S // (splits * _SHARE))) * _SHARE
-    splits = max(1, -(-S // share))
+    splits, share = split(B * Hkv, S, _processors(call.query.device))
     lse = call.query.new_empty(B, H, L, dtype=torch.float32)
     out = call.query.new_empty(B, H, L, Dv)
     more: dict[str, Any] = {
@@ -57,11 +54,6 @@ def decode(call: Call, voting: Voting | None = None) -> tuple[Tensor, Tensor]:
     run("decode", call, more, lambda config: B * Hkv * splits * -(-H // Hkv * L // config.block_m), flags)
     run("merge", call, more, lambda config: -(-B * H * L // config.block_m))
     return out, lse
-
-
-def split_count(groups: int, S: int, processors: int) -> int:
-    """Return into how many parts to split S keys: two programs for every processor, for ``groups`` heads of keys."""
-    return max(1, min(-(-2 * processors // max(1, groups)), -(-S // _SHARE)))
 
 
 def _processors(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnrewrite.kernels.dense import tuned
 from attnrewrite.kernels.dense.call import Call, chosen, named
 from attnrewrite.kernels.dense.catalogue import kernel
-from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.generation.emit import Emitted, Flag
 from attnrewrite.kernels.generation.loading import load
 
@@ -79,6 +81,42 @@ class NoConfigurationError(Exception):
     """The device can run a kernel in none of its configurations."""
 
 
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel that is about to run, all but its configuration."""
+
+    name: str
+    call: Call
+    given: Mapping[str, Flag]
+    emitted: Emitted
+    arguments: Mapping[str, Any]
+    programs: Callable[[Config], int]
+    prepare: Callable[[Config], Mapping[str, Any]] | None = None
+    """Makes the arguments that depend on the configuration."""
+
+    @property
+    def widest(self) -> int:
+        """The larger of the two padded numbers of features."""
+        return max(int(self.given["PAD_D"]), int(self.given["PAD_DV"]))
+
+    @property
+    def bits(self) -> int:
+        """Of an element."""
+        return self.call.query.element_size() * 8
+
+    def whole(self, config: Config) -> dict[str, Any]:
+        """Return every argument."""
+        own = {} if self.prepare is None else self.prepare(config)
+        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        return chosen(self.emitted.parameters, {**self.arguments, **own, **blocks})
+
+    def __call__(self, config: Config) -> None:
+        """Run it, unless there is nothing to do. Raises what ``cannot_run`` lists."""
+        programs = self.programs(config)
+        if programs:
+            load(self.emitted)[(programs,)](**self.whole(config), num_warps=config.warps, num_stages=config.stages)
+
+
 def run(
     name: str,
     call: Call,
@@ -94,32 +132,44 @@ def run(
     Raises NoConfigurationError where the device can run it in none.
     """
     given = {**call.flags(), **(flags or {})}
-    emitted = kernel(name, given)
-    arguments = chosen(emitted.parameters, {**call.arguments(), **more})
-    widest, bits = max(int(given["PAD_D"]), int(given["PAD_DV"])), call.query.element_size() * 8
+    _launcher(Launch(name, call, given, kernel(name, given), {**call.arguments(), **more}, programs, prepare))
+
+
+def first_that_runs(launch: Launch) -> None:
+    """Run a launch in the first of its configurations that the device can run."""
     failure: Exception | None = None
-    for config in configs(name, widest, bits):
-        if (emitted, config) in _FAILED:
+    for config in tuned.configurations(launch):
+        if (launch.emitted, config) in _FAILED:
             continue
-        blocks = chosen(emitted.parameters, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n})
         try:
-            if programs(config):
-                own = {} if prepare is None else chosen(emitted.parameters, prepare(config))
-                load(emitted)[(programs(config),)](
-                    **{**arguments, **own}, **blocks, num_warps=config.warps, num_stages=config.stages
-                )
+            launch(config)
             return
-        except _cannot_run() as cause:
-            _FAILED.add((emitted, config))
+        except cannot_run() as cause:
+            _FAILED.add((launch.emitted, config))
             failure = cause
-    raise NoConfigurationError(f"{emitted.name}: {failure}") from failure
+    raise NoConfigurationError(f"{launch.emitted.name}: {failure}") from failure
 
 
 _FAILED: set[tuple[Emitted, Config]] = set()
 """What was tried in vain on this machine."""
 
+Launcher = Callable[[Launch], None]
+_launcher: Launcher = first_that_runs
 
-def _cannot_run() -> tuple[type[Exception], ...]:
+
+@contextmanager
+def launched_by(launcher: Launcher) -> Iterator[None]:
+    """Hand all launches inside to ``launcher``, which may run them, or do without."""
+    global _launcher
+    before, _launcher = _launcher, launcher
+    try:
+        yield
+    finally:
+        _launcher = before
+
+
+def cannot_run() -> tuple[type[Exception], ...]:
+    """Return what triton raises where a kernel cannot be compiled for the device, or does not fit it."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 

@@ -8,9 +8,10 @@ from typing import Any
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.catalogue import kernel
 from attnrewrite.kernels.dense.decode import few
-from attnrewrite.kernels.dense.selective import Selection, skips
+from attnrewrite.kernels.dense.selective import Selection, in_passing, skips
 from attnrewrite.kernels.dense.shared import paired, shares
 from attnrewrite.kernels.generation.emit import Flag
+from attnrewrite.kernels.selective.ballot import selector
 from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.symmetric.reference import pairwise_query
 
@@ -47,20 +48,22 @@ def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[
         elif learns:
             yield from ((name, call.flags()) for name in BACKWARD)
         return
-    query, key, value, gamma, votes, mask, protected, position, _, scale, dropout_p, causal, *rest = values
-    window, softcap, offset, head, _ = rest
+    query, key, value, gamma, votes, mask, vote_query, vote_key, protected, position, *rest = values
+    _, scale, dropout_p, causal, window, softcap, offset, head, _ = rest
     how = Options(scale, causal, window, softcap, dropout_p=dropout_p, offset=offset)
     call = Call(query, key, value, how, mask, strength=gamma)
-    who = Selection(head, protected, votes, position)
+    who = Selection(head, protected, votes, position, selector(vote_query, vote_key))
     flags = {**call.flags(), "PLACED": position is not None}
-    if _short(call) and query.shape[2] == 1:
+    if _short(call) and in_passing(call, who):
         yield from _dense(call, {**flags, "VOTES": True}, learns=False)
         return
     flags["SKIPS"] = not _short(call) and (not isinstance(key.shape[2], int) or skips(call, who))
-    yield "votes", flags
+    own = {**flags, **who.voter(call).flags(call)}
+    yield "votes", own
     yield from _dense(call, {**flags, "PENALTY": True}, learns)
     if learns:
-        yield "backward_votes", flags
+        yield "backward_logits", flags
+        yield "backward_votes", own
 
 
 def _dense(call: Call, flags: dict[str, Flag], learns: bool) -> Iterator[tuple[str, dict[str, Flag]]]:

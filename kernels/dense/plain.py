@@ -50,14 +50,15 @@ def plain_selective_forward(call: Call, who: Selection, recent: int) -> tuple[Te
 
 
 def plain_selective_backward(
-    call: Call, who: Selection, out: Tensor, upstream: Tensor, later: Tensor
+    call: Call, who: Selection, out: Tensor, upstream: Tensor, later: Tensor, *, bias_gradient: bool
 ) -> SelectiveGradients:
     """Return the gradients as the kernels do."""
     assert call.strength is not None
     tensors = (call.query, call.key, call.value, call.strength, out, call.mask)
     with full_precision(call.query.device):
-        found = gradients(upstream, later, *tensors, _ballot(call, who), who.earlier)
-    return SelectiveGradients(Gradients(found.query, found.key, found.value), found.gamma, found.votes)
+        found = gradients(upstream, later, *tensors, _ballot(call, who), who.earlier, bias_needs_grad=bias_gradient)
+    dense = Gradients(found.query, found.key, found.value, bias=found.bias)
+    return SelectiveGradients(dense, found.gamma, found.votes, found.selector)
 
 
 def _how(call: Call) -> Options:
@@ -66,7 +67,7 @@ def _how(call: Call) -> Options:
 
 def _ballot(call: Call, who: Selection) -> Ballot:
     position = call.how.offset if who.position is None else who.position
-    return Ballot(_how(call), who.head, position, protected=who.protected)
+    return Ballot(_how(call), who.head, position, who.selector, who.protected)
 
 
 def _warmed(call: Call) -> tuple[Tensor, Tensor]:

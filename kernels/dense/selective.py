@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from attnrewrite.kernels.dense.call import Call, named
+from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.decode import Voting, decode, few
 from attnrewrite.kernels.dense.launch import Gradients, backward, forward, run
-from attnrewrite.kernels.strips import one_head
+from attnrewrite.kernels.dense.voter import Selector, Voter, voter
 
 LARGEST_PENALTY = 1 << 29
 """Bytes of the penalty of a strip."""
@@ -34,20 +35,28 @@ LOG2E = math.log2(math.e)
 class Selection:
     """Who votes, and how matters stand before the first query.
 
-    ``head`` is the selection head; on the keys ``protected`` ``[B or 1, S]`` nobody may vote; ``earlier`` ``[B, S]``
-    are the votes received so far, in float32. ``position``, one int64, is where the first query stands among the keys,
-    where that is not the offset of the call.
+    ``head`` is the selection head, in the place of which a ``selector`` may vote, whose queries begin with the first
+    one. On the keys ``protected`` ``[B or 1, S]`` nobody may vote. ``earlier`` ``[B, S]`` are the votes received so
+    far, in float32. ``position``, one int64, is where the first query stands among the keys, where that is not the
+    offset of the call.
     """
 
     head: int
     protected: Tensor
     earlier: Tensor
     position: Tensor | None = None
+    selector: Selector | None = None
+
+    def voter(self, call: Call) -> Voter:
+        """Return who votes for the queries of a call."""
+        own = None if self.selector is None else (self.selector[0][:, : call.sizes[3]], self.selector[1])
+        return voter(call, self.head, own)
 
     def after(self, rows: int, votes: Tensor) -> Selection:
         """Return how matters stand so many queries later."""
         position = None if self.position is None else self.position + rows
-        return dataclasses.replace(self, earlier=votes, position=position)
+        own = None if self.selector is None else (self.selector[0][:, rows:], self.selector[1])
+        return dataclasses.replace(self, earlier=votes, position=position, selector=own)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +78,7 @@ def selective_forward(call: Call, who: Selection, recent: int = 1) -> tuple[Tens
     ``call`` has a strength.
     """
     L = call.sizes[3]
-    if L == 1 and few(call):
+    if in_passing(call, who):
         received = torch.empty_like(who.earlier)
         return *decode(call, Voting(who.earlier, who.protected, who.position, who.head, received)), received[:, None]
     if L == 0:
@@ -89,21 +98,34 @@ def selective_forward(call: Call, who: Selection, recent: int = 1) -> tuple[Tens
     return out, lse, _joined(after, 1)
 
 
+def in_passing(call: Call, who: Selection) -> bool:
+    """Whether the kernel that attends counts the votes: those that one query's heads cast."""
+    return call.sizes[3] == 1 and few(call) and who.selector is None
+
+
 def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 @dataclasses.dataclass
 class SelectiveGradients:
-    """By query, key and value; by the strength; by the votes before the first query ``[B, S]``."""
+    """By query, key, value and bias; by the strength; by the votes before the first query ``[B, S]``; by a selector."""
 
     dense: Gradients
     strength: Tensor
     earlier: Tensor
+    selector: Selector | None = None
 
 
 def selective_backward(
-    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor, later: Tensor
+    call: Call,
+    who: Selection,
+    out: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    later: Tensor,
+    *,
+    bias_gradient: bool = False,
 ) -> SelectiveGradients:
     """Return the gradients. ``later`` ``[B, S]`` is that by the votes after the last query."""
     parts = list(spans(call))
@@ -114,53 +136,76 @@ def selective_backward(
     found: list[SelectiveGradients] = []
     for rows, state in zip(reversed(parts), reversed(before), strict=True):
         part, own = call.rows(rows), lse[:, :, rows].contiguous()
-        found.append(_backward_strip(part, state, out[:, :, rows], own, upstream[:, :, rows], later, wide))
+        given = (part, state, out[:, :, rows], own, upstream[:, :, rows], later)
+        found.append(_backward_strip(*given, wide=wide, bias_gradient=bias_gradient))
         later = found[-1].earlier
-    if len(found) == 1:
-        return found[0]
-    queries = torch.cat([x.dense.query for x in reversed(found)], 2)
-    key, value = (sum(getattr(x.dense, name) for x in found) for name in ("key", "value"))
-    assert isinstance(key, Tensor)
-    assert isinstance(value, Tensor)
-    dense = Gradients(queries, key.to(call.key.dtype), value.to(call.value.dtype))
-    return SelectiveGradients(dense, torch.stack([x.strength for x in found]).sum(0), later)
+    return found[0] if len(found) == 1 else _together(call, found[::-1])
+
+
+def _together(call: Call, found: Sequence[SelectiveGradients]) -> SelectiveGradients:
+    """Put the gradients of strips together, from the first to the last."""
+    key, value = (torch.stack([getattr(x.dense, name) for x in found]).sum(0) for name in ("key", "value"))
+    dense = Gradients(torch.cat([x.dense.query for x in found], 2), key.to(call.key.dtype), value.to(call.value.dtype))
+    if found[0].dense.bias is not None:
+        dense.bias = torch.cat([x.dense.bias for x in found if x.dense.bias is not None], 2)
+    pairs = [x.selector for x in found if x.selector is not None]
+    own = (torch.cat([x for x, _ in pairs], 1), torch.stack([x for _, x in pairs]).sum(0)) if pairs else None
+    return SelectiveGradients(dense, torch.stack([x.strength for x in found]).sum(0), found[0].earlier, own)
 
 
 def _backward_strip(
-    call: Call, who: Selection, out: Tensor, lse: Tensor, upstream: Tensor, later: Tensor, wide: bool
+    call: Call,
+    who: Selection,
+    out: Tensor,
+    lse: Tensor,
+    upstream: Tensor,
+    later: Tensor,
+    *,
+    wide: bool,
+    bias_gradient: bool,
 ) -> SelectiveGradients:
-    B, H, Hkv, _L, S = call.sizes
+    B, H, Hkv, L, S = call.sizes
     strength = call.strength
     assert strength is not None
-    votes = count(call, who)
+    votes = count(call, who, cleared=True)
     call = dataclasses.replace(call, penalty=votes.penalty, death=votes.death)
-    found, delta = backward(call, out, lse, upstream, wide=wide)
-    selected, by_strength, by_earlier = (
-        lse.new_empty(B, S, call.query.shape[3]),
-        lse.new_empty(B, S),
-        lse.new_empty(B, S),
-    )
-    # What was the penalty of a pair becomes the gradient by its vote: one tile, one program.
+    found, delta = backward(call, out, lse, upstream, wide=wide, bias_gradient=bias_gradient)
+    own = who.voter(call)
+    selected = lse.new_empty(own.key.shape)
+    by_strength, by_earlier = (lse.new_empty(B, S) for _ in range(2))
+    # What was the penalty of a pair becomes the gradient by its logits, and then by its vote: one tile, one program.
     by_vote = votes.penalty if call.query.dtype == torch.float32 else votes.penalty.view(call.query.dtype)
+    more = {"DOut": upstream, "Lse": lse, "Delta": delta, "DLogits": by_vote, **named("g", "bhmd", upstream)}
+
+    def tiles(config: Config) -> int:
+        return B * -(-L // config.block_m) * -(-S // config.block_n)
+
+    run("backward_logits", call, more, tiles)
     more = {
-        "DOut": upstream,
-        "Lse": lse,
-        "Delta": delta,
-        "Later": later,
+        "DLogits": by_vote,
         "DVotes": by_vote,
+        "Later": later,
         "DSelected": selected,
         "DStrength": by_strength,
         "DEarlier": by_earlier,
-        "selection_head": who.head,
+        "stride_pb": by_vote.stride(0),
+        "stride_pm": by_vote.stride(1),
         **_state(call, who),
-        **named("g", "bhmd", upstream),
+        **own.arguments(),
     }
-    flags = {"PLACED": who.position is not None}
+    through_bias = found.bias is not None and who.selector is None
+    if found.bias is not None and through_bias:
+        more |= {"DBias": found.bias[:, who.head], "stride_ab": found.bias.stride(0)}
+    flags = {**own.flags(call), "PLACED": who.position is not None, "BIAS_GRADIENT": through_bias}
     run("backward_votes", call, more, lambda config: B * -(-S // config.block_n), flags)
-    head = who.head // (H // Hkv)
-    found.query[:, who.head] += by_vote @ call.key[:, head]
-    found.key[:, head] += selected.to(found.key.dtype)
-    return SelectiveGradients(found, by_strength.sum().to(strength.dtype), by_earlier)
+    result = SelectiveGradients(found, by_strength.sum().to(strength.dtype), by_earlier)
+    by_voter = by_vote @ own.key
+    if who.selector is not None:
+        result.selector = by_voter, selected.to(own.key.dtype)
+        return result
+    found.query[:, who.head] += by_voter
+    found.key[:, who.head // (H // Hkv)] += selected.to(found.key.dtype)
+    return result
 
 
 def spans(call: Call) -> Iterator[slice]:
@@ -170,37 +215,32 @@ def spans(call: Call) -> Iterator[slice]:
     yield from (slice(start, min(L, start + height)) for start in range(0, max(1, L), height))
 
 
-def count(call: Call, who: Selection, *, exact: bool = False) -> Votes:
-    """Count the votes of the queries of a call. The penalty has 16 bit for 16-bit inputs, if not ``exact``."""
-    B, H, Hkv, L, S = call.sizes
+def count(call: Call, who: Selection, *, exact: bool = False, cleared: bool = False) -> Votes:
+    """Count the votes of the queries of a call. The penalty has 16 bit for 16-bit inputs, if not ``exact``.
+
+    It is 0 for pairs that positions hide if ``exact`` or ``cleared``, and else for them whatever lay there.
+    """
+    B, _, _, L, S = call.sizes
     dtype = torch.float32 if exact or call.query.dtype == torch.float32 else torch.float16
-    penalty = torch.zeros(B, L, -(-S // _ROW) * _ROW, dtype=dtype, device=call.query.device)[:, :, :S]
+    make = torch.zeros if exact or cleared else torch.empty
+    penalty = make(B, L, -(-S // _ROW) * _ROW, dtype=dtype, device=call.query.device)[:, :, :S]
     received = torch.empty_like(who.earlier)
     limit = death = None
     if skips(call, who):
         limit, death = _limit(call), torch.empty(B, S, dtype=torch.int32, device=call.query.device)
-    query, key = call.query[:, who.head], call.key[:, who.head // (H // Hkv)]
+    own = who.voter(call)
     more = {
-        "Q": query,
-        "K": key,
         "Penalty": penalty,
         "Received": received,
         "Limit": limit,
         "Death": death,
         "largest": torch.finfo(dtype).max,
-        **_state(call, who),
-        **named("q", "bmd", query),
-        **named("k", "bnd", key),
         "stride_pb": penalty.stride(0),
         "stride_pm": penalty.stride(1),
+        **_state(call, who),
+        **own.arguments(),
     }
-    if call.mask is not None:
-        seen = call.mask.view(torch.uint8) if call.mask.dtype == torch.bool else call.mask
-        of_head = one_head(seen, who.head).expand(B, 1, L, S)[:, 0]
-        more |= {"Mask": of_head, **named("m", "bmn", of_head)}
-    if call.slopes is not None:
-        more["Slopes"] = call.slopes[who.head]
-    flags = {"PLACED": who.position is not None, "SKIPS": death is not None}
+    flags = {**own.flags(call), "PLACED": who.position is not None, "SKIPS": death is not None}
     run("votes", call, more, lambda config: B * -(-S // config.block_n), flags)
     return Votes(penalty, received, death)
 

@@ -11,10 +11,12 @@ from torch import Tensor
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.fallback import on_kernels
+from attnrewrite.kernels.dense.op import by_mask
 from attnrewrite.kernels.dense.plain import plain_selective_backward, plain_selective_forward
 from attnrewrite.kernels.dense.selective import Selection, SelectiveGradients, selective_backward, selective_forward
+from attnrewrite.kernels.dense.voter import Selector
 from attnrewrite.kernels.diagnostics import error
-from attnrewrite.kernels.selective.ballot import Ballot
+from attnrewrite.kernels.selective.ballot import Ballot, selector
 
 
 def selective_kernels(
@@ -31,6 +33,7 @@ def selective_kernels(
     votes: Tensor | None = None,
     protected: Tensor | None = None,
     position: Tensor | None = None,
+    selector: Selector | None = None,
     recent: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the votes after each of the last ``recent`` queries ``[B, recent, S]``, the protected keys.
@@ -44,7 +47,8 @@ def selective_kernels(
     if exempt is None:
         exempt = torch.zeros(1, S, dtype=torch.bool, device=query.device)
     numbers = (how.scale, how.dropout_p, how.is_causal, how.window, how.softcap, how.offset, selection_head, recent)
-    out, _, received = _forward(query, key, value, gamma, before, attn_mask, exempt, position, seed, *numbers)
+    tensors = (query, key, value, gamma, before, attn_mask, *(selector or (None, None)), exempt, position, seed)
+    out, _, received = _forward(*tensors, *numbers)
     return out, received, exempt.expand(B, S)
 
 
@@ -76,6 +80,8 @@ def _forward(
     gamma: Tensor,
     votes: Tensor,
     attn_mask: Tensor | None,
+    vote_query: Tensor | None,
+    vote_key: Tensor | None,
     protected: Tensor,
     position: Tensor | None,
     seed: Tensor | None,
@@ -89,7 +95,8 @@ def _forward(
     recent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset)
-    call, who = _call(query, key, value, gamma, votes, attn_mask, protected, position, seed, how, selection_head)
+    own = selector(vote_query, vote_key)
+    call, who = _call(query, key, value, gamma, votes, attn_mask, own, protected, position, seed, how, selection_head)
     return on_kernels(
         call, lambda: selective_forward(call, who, recent), lambda: plain_selective_forward(call, who, recent)
     )
@@ -116,6 +123,8 @@ def _backward(
     gamma: Tensor,
     votes: Tensor,
     attn_mask: Tensor | None,
+    vote_query: Tensor | None,
+    vote_key: Tensor | None,
     protected: Tensor,
     position: Tensor | None,
     seed: Tensor | None,
@@ -126,21 +135,31 @@ def _backward(
     softcap: float | None,
     offset: int,
     selection_head: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by the first five inputs of the operator."""
+    bias_needs_grad: bool,
+) -> list[Tensor]:
+    """Return the gradients by the first eight inputs of the operator, empty where there is none."""
     how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset)
-    call, who = _call(query, key, value, gamma, votes, attn_mask, protected, position, seed, how, selection_head)
+    own = selector(vote_query, vote_key)
+    call, who = _call(query, key, value, gamma, votes, attn_mask, own, protected, position, seed, how, selection_head)
+    wanted = {"bias_gradient": bias_needs_grad}
 
     def on_gpu() -> SelectiveGradients:
-        return selective_backward(call, who, out, lse, upstream, later.contiguous())
+        return selective_backward(call, who, out, lse, upstream, later.contiguous(), **wanted)
 
-    found = on_kernels(call, on_gpu, lambda: plain_selective_backward(call, who, out, upstream, later), again=True)
-    return found.dense.query, found.dense.key, found.dense.value, found.strength, found.earlier
+    found = on_kernels(
+        call, on_gpu, lambda: plain_selective_backward(call, who, out, upstream, later, **wanted), again=True
+    )
+    dense, bias = found.dense, by_mask(found.dense.bias, attn_mask)
+    by_selector = found.selector or (None, None)
+    ordered = (dense.query, dense.key, dense.value, found.strength, found.earlier, bias, *by_selector)
+    return [query.new_empty(0) if x is None else x for x in ordered]
 
 
 @_backward.register_fake
-def _(upstream: Tensor, later: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in inputs[:5])
+def _(upstream: Tensor, later: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
+    *first, mask, vote_query, vote_key = inputs[:8]
+    given = (*first, mask if inputs[-1] else None, vote_query, vote_key)
+    return [out.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 
 def _call(
@@ -150,6 +169,7 @@ def _call(
     gamma: Tensor,
     votes: Tensor,
     attn_mask: Tensor | None,
+    own: Selector | None,
     protected: Tensor,
     position: Tensor | None,
     seed: Tensor | None,
@@ -157,36 +177,40 @@ def _call(
     selection_head: int,
 ) -> tuple[Call, Selection]:
     call = Call(query, key, value, how, attn_mask, strength=gamma, seed=seed)
-    return call, Selection(selection_head, protected, votes.contiguous(), position)
+    return call, Selection(selection_head, protected, votes.contiguous(), position, own)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *ctx.numbers, ctx.recent = inputs[9:]
-    ctx.save_for_backward(*output[:2], *inputs[:9])
+    *ctx.numbers, ctx.recent = inputs[11:]
+    ctx.save_for_backward(*output[:2], *inputs[:11])
 
 
 def _differentiate(ctx: Any, upstream: Tensor, _: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.recent != 1:
         raise error("AR402", "only the votes after the last query have a gradient", hint="decode under torch.no_grad()")
-    found = _backward(upstream, later.squeeze(1), *ctx.saved_tensors, *ctx.numbers)
-    given = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:5], strict=True)]
-    return *given, *(None for _ in range(12))
+    found = _backward(upstream, later.squeeze(1), *ctx.saved_tensors, *ctx.numbers, ctx.needs_input_grad[5])
+    given = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:8], strict=True)]
+    return *given, *(None for _ in range(11))
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_kernels)
-def _flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _flops(query: Any, key: Any, value: Any, *rest: Any, **_: Any) -> int:
     B, H, L, D = query
-    return strips.flops(B, 1, L, key[2], D) + strips.flops(B, H, L, key[2], D + value[3])
+    return strips.flops(B, 1, L, key[2], _voting(D, rest[3])) + strips.flops(B, H, L, key[2], D + value[3])
 
 
 @torch.utils.flop_counter.register_flop_formula(torch.ops.attnrewrite.selective_kernels_backward)
 def _backward_flops(
-    upstream: Any, later: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+    upstream: Any, later: Any, out: Any, lse: Any, query: Any, key: Any, value: Any, *rest: Any, **_: Any
 ) -> int:
     # The scores are made three times: by keys, by queries, and for the votes.
     B, H, L, D = query
     dense = strips.flops(B, H, L, key[2], 5 * D + 4 * value[3])
-    return dense + strips.flops(B, 1, L, key[2], 4 * D)
+    return dense + strips.flops(B, 1, L, key[2], 4 * _voting(D, rest[3]))
+
+
+def _voting(D: int, vote_query: Any) -> int:
+    return D if vote_query is None else int(vote_query[2])

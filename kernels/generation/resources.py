@@ -45,10 +45,12 @@ def compiled(
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in values else types[name].split(":")[0] for name in kernel.parameters}
+    # As triton itself specialises, with an empty list for what has no attribute: so a launch finds this in its cache.
+    kinds = {number: "" if name in values else types[name] for number, name in enumerate(kernel.parameters)}
     aligned = {
-        (number,): [["tt.divisibility", 16]]
-        for number, name in enumerate(kernel.parameters)
-        if name not in values and (types[name].startswith("*") or types[name].endswith(":16"))
+        (number,): [["tt.divisibility", 16]] if kind.startswith("*") or kind.endswith(":16") else []
+        for number, kind in kinds.items()
+        if not kind.startswith("fp")
     }
     constants = {name: values[name] for name in kernel.parameters if name in values}
     source = ASTSource(load(kernel), signature, constants, aligned)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.dense.choice import generated
+from attnrewrite.kernels.dense.voter import unfit
 from attnrewrite.kernels.selective import reference
 from attnrewrite.kernels.selective.backward import gradients
 from attnrewrite.kernels.selective.ballot import Ballot, attend, selector
@@ -43,14 +44,16 @@ def selective_attention(
     check_selector(query, key, vote_query, vote_key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     strength = gamma if isinstance(gamma, Tensor) else query.new_full((), gamma, dtype=accumulation_dtype(query.dtype))
-    bias = "its bias needs a gradient" if attn_mask is not None and attn_mask.requires_grad else None
-    if generated(query, value, bias, None if vote_query is None else "its votes are those of a selector"):
+    if generated(query, value, unfit(query, vote_query, vote_key)):
         from attnrewrite.kernels.dense.selective_op import selective_kernels  # defines an operator
 
         how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p)
         seed = strips.draw_seed(query, dropout_p)
         tensors = (query, key, value, strength, attn_mask, seed)
-        return selective_kernels(*tensors, how, selection_head=selection_head, protect_first=protect_first)[0]
+        own = selector(vote_query, vote_key)
+        return selective_kernels(
+            *tensors, how, selection_head=selection_head, protect_first=protect_first, selector=own
+        )[0]
     seed = strips.draw_seed(query, dropout_p)
     numbers = (factor, dropout_p, is_causal, window, softcap, selection_head, protect_first)
     out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers, vote_query, vote_key)

@@ -19,7 +19,7 @@ def survivors(
     protected: Tensor | None,
     live: Tensor,
     cols: slice,
-    budget: int,
+    budget: int | Tensor,
 ) -> Tensor:
     """Return the live keys of every query of a strip, ``[B, rows, cols]``, and update ``live`` ``[B, S]``.
 
@@ -47,3 +47,15 @@ def survivors(
         here[sequences, largest] &= ~goes
         found.append(here.clone())
     return torch.stack(found, 1)
+
+
+def evicted(votes: Tensor, seen: Tensor | None, protected: Tensor | None, cols: slice, budget: int | Tensor) -> Tensor:
+    """Return the votes ``[B, S]`` before the newest query, infinite for keys that it cannot attend to any more.
+
+    ``seen`` ``[B or 1, 1, cols]`` are the keys that it sees; what else there is, ``survivors`` says.
+    """
+    live = ~torch.isinf(votes)
+    live[:, -1] = False
+    own = torch.arange(cols.start, votes.shape[1], device=votes.device) == votes.shape[1] - 1
+    survivors(votes[:, None, cols], seen, own.unsqueeze(0), protected, live, cols, budget)
+    return votes.masked_fill(~live, torch.inf)

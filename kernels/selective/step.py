@@ -11,10 +11,13 @@ from torch import Tensor
 
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.dense.choice import generated
+from attnrewrite.kernels.dense.voter import unfit
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.selective.backward import gradients
 from attnrewrite.kernels.selective.ballot import Ballot, attend, selector
 from attnrewrite.kernels.selective.cost import backward_flops, forward_flops
+from attnrewrite.kernels.selective.pruning import evicted
+from attnrewrite.kernels.selective.reference import seen_by
 from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.visibility import accumulation_dtype, full_precision
 
@@ -47,16 +50,18 @@ def step(
     queries are the newest keys. ``budget`` is a number, with which ``recent`` is 1; ``seed`` is what
     ``strips.draw_seed`` drew.
     """
-    reasons = (
-        "its bias needs a gradient" if attn_mask is not None and attn_mask.requires_grad else None,
-        "its votes are those of a selector" if vote_query is not None else None,
-        "a budget evicts keys" if budget is not None else None,
-    )
+    reasons = [unfit(query, vote_query, vote_key)]
+    if budget is not None and (position is not None or query.shape[2] != 1):
+        reasons.append("a budget evicts keys row by row")
+    if budget is not None and torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        reasons.append("which keys a budget evicts has no gradient")
     if generated(query, value, *reasons):
         from attnrewrite.kernels.dense.selective_op import selective_kernels  # defines an operator
 
         how = Options(scale, position is None, None if position is not None else window, softcap, dropout_p=dropout_p)
         how = replace(how, offset=key.shape[2] - query.shape[2] if position is None else 0)
+        if budget is not None:
+            votes = _bounded(votes, protected if protect_first else None, attn_mask, how, selection_head, budget)
         return selective_kernels(
             query,
             key,
@@ -70,6 +75,7 @@ def step(
             votes=votes,
             protected=protected,
             position=position,
+            selector=selector(vote_query, vote_key),
             recent=recent,
         )
     found: tuple[Tensor, Tensor, Tensor] = _step(
@@ -94,6 +100,16 @@ def step(
         recent,
     )
     return found
+
+
+def _bounded(
+    votes: Tensor, protected: Tensor | None, attn_mask: Tensor | None, how: Options, head: int, budget: Tensor
+) -> Tensor:
+    """Return the votes before the newest query, infinite for what a budget evicts."""
+    S = votes.shape[1]
+    cols = slice(0 if how.window is None else max(0, S - how.window), S)
+    seen = seen_by(strips.seen(slice(0, 1), cols, attn_mask, how, votes.device), head)
+    return evicted(votes, seen, protected, cols, budget.to(votes.device))
 
 
 @torch.library.custom_op("attnrewrite::selective_decode", mutates_args=())

@@ -10,6 +10,7 @@ from pathlib import Path
 from attnrewrite.kernels.places import cache_folder
 from attnrewrite.kernels.store import modes
 from attnrewrite.kernels.store.behind import Shared
+from attnrewrite.kernels.store.breaker import Breaker
 from attnrewrite.kernels.store.local import Folder
 from attnrewrite.kernels.store.record import Record
 from attnrewrite.kernels.store.tiers import Store
@@ -30,9 +31,13 @@ def secret() -> bytes:
 @functools.cache
 def default_store() -> Store:
     """Return the store that kernels use. Raises CaptureError AR102 for a mode that is none."""
+    return open_store(modes.from_environment())
+
+
+def open_store(mode: modes.Mode, breaker: Breaker | None = None) -> Store:
+    """Return a store in this mode. ``breaker``: how long to wait for the shared one, where that is not as usual."""
     url = os.environ.get(URL)
-    mode = modes.from_environment()
-    return Store(Folder(folder()), Shared(url) if url else None, mode, secret(), used=_carry)
+    return Store(Folder(folder()), Shared(url, breaker) if url else None, mode, secret(), used=_carry)
 
 
 def _carry(record: Record) -> None:

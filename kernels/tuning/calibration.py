@@ -24,7 +24,7 @@ class Point(NamedTuple):
 
 
 _FITTED = ("matmul", "overlap", "tile", "program")
-_LIMITS = {"matmul": (0.3, 1.0), "overlap": (0.0, 1.0), "tile": (1e-9, 1e-6), "program": (1e-7, 2e-5)}
+LIMITS = {"matmul": (0.3, 1.0), "overlap": (0.0, 1.0), "tile": (1e-9, 1e-6), "program": (1e-7, 2e-5)}
 _STEPS = (1.3, 1.1, 1.03, 1.01)
 
 
@@ -43,7 +43,7 @@ def fit(points: Sequence[Point], device: Device, start: Rates | None = None) -> 
         while moved:
             moved = False
             for name in _FITTED:
-                low, high = _LIMITS[name]
+                low, high = LIMITS[name]
                 for factor in (step, 1 / step):
                     value = min(high, max(low, max(getattr(best, name), low) * factor))
                     tried = best._replace(**{name: value})

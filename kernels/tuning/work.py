@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from attnrewrite.kernels.dense.catalogue import padded
 from attnrewrite.kernels.dense.configs import Config
 
 FLOAT = 4
-_SPLIT = 2048  # keys, about what one sequence on a large device comes to
 _HALF = 2  # bytes of a penalty beside 16-bit inputs
 
 
@@ -20,7 +19,7 @@ class Shape:
     """One call: sizes as everywhere, and what its kernels are specialised for.
 
     ``penalty`` and ``temperatures`` are those of selective attention and SSA; ``dead`` is the part of the tiles that
-    need not be visited, because the penalty leaves nothing of them.
+    need not be visited, because the penalty leaves nothing of them. ``parts``: into so many few queries split the keys.
     """
 
     B: int
@@ -36,6 +35,7 @@ class Shape:
     penalty: bool = False
     temperatures: bool = False
     dead: float = 0.0
+    parts: int = 1
 
     @property
     def size(self) -> int:
@@ -132,14 +132,24 @@ def votes(s: Shape, c: Config) -> Work:
     return _by_keys(s, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + _penalty(s))
 
 
-def backward_votes(s: Shape, c: Config) -> Work:
-    """Walk up a block of keys, at every step over all heads; what follows once per step is counted with them."""
+def backward_logits(s: Shape, c: Config) -> Work:
+    """Go over all heads, for a tile of pairs."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    once = 2 * M * N * D * 2 + 2 * M * N * 2 * M  # own logits, gradient of own keys, sum over later rows
-    products = (Product(M, N, D), Product(M, N, Dv), Product(M, N, max(1, once // (2 * M * N * s.H))))
-    loads = (M + N) * s.features * s.size + M * 2 * FLOAT + _penalty_tile(s, M, N)
-    tile = Tile(products, M * N, 8 * M * N, loads)
-    return _by_keys(s, c, s.B, s.H, tile, _backward_memory(s) + 2 * _penalty(s))
+    loads = (M + N) * s.features * s.size + M * 2 * FLOAT
+    # Per pair: two fma of the exponent, less the row's sum, fma into the sum over heads.
+    tile = Tile((Product(M, N, D), Product(M, N, Dv)), M * N, 4 * M * N, loads)
+    memory = s.size * (s.B * s.H * s.L + s.B * s.Hkv * s.S) * (s.D + s.Dv) + 2 * _penalty(s)
+    pairs = _by_rows(s, c, s.B, tile, memory)
+    return pairs._replace(programs=round(pairs.tiles), tiles=s.H * pairs.tiles, longest=s.H, shortest=s.H)
+
+
+def backward_votes(s: Shape, c: Config) -> Work:
+    """Walk up a block of keys; one head. The sum over later rows is a product in tf32, half as fast."""
+    M, N, D = c.block_m, c.block_n, padded(s.D)
+    products = (Product(M, N, D), Product(M, N, 2 * M), Product(N, D, M))
+    tile = Tile(products, 0, 10 * M * N, M * D * s.size + 2 * _penalty_tile(s, M, N))
+    whole = replace(s, dead=0.0)
+    return _by_keys(whole, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + 2 * _penalty(s))
 
 
 def backward_shared(s: Shape, c: Config) -> Work:
@@ -160,24 +170,23 @@ def live(s: Shape, c: Config) -> Work:
 def decode(s: Shape, c: Config) -> Work:
     """Read the keys of a split for all queries of a group. A step of selective attention reads and writes votes."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    splits, blocks = -(-s.S // _SPLIT), -(-s.H // s.Hkv * s.L // M)
-    steps = -(-min(s.S, _SPLIT) // N)
+    blocks = -(-s.H // s.Hkv * s.L // M)
+    steps = -(-s.S // s.parts // N)
     products = (Product(M, N, D), Product(M, Dv, N))
     votes = 2 * FLOAT if s.penalty else 0
     tile = Tile(products, M * N, 6 * M * N, N * (s.features * s.size + votes))
-    programs = s.B * s.Hkv * splits * blocks
-    parts = FLOAT * s.B * s.H * s.L * splits * (s.Dv + 1)
+    programs = s.B * s.Hkv * s.parts * blocks
+    parts = FLOAT * s.B * s.H * s.L * s.parts * (s.Dv + 1)
     moved = s.B * s.S * (s.Hkv * (s.D + s.Dv) * s.size + votes) + parts
     return Work(programs, programs * steps, steps, steps, tile, moved)
 
 
 def merge(s: Shape, c: Config) -> Work:
     """Read the parts of a row."""
-    splits = -(-s.S // _SPLIT)
     programs = -(-s.B * s.H * s.L // c.block_m)
     tile = Tile((), c.block_m, 4 * c.block_m * padded(s.Dv), FLOAT * c.block_m * (s.Dv + 1))
-    moved = s.B * s.H * s.L * (FLOAT * splits * (s.Dv + 1) + s.Dv * s.size)
-    return Work(programs, programs * splits, splits, splits, tile, moved)
+    moved = s.B * s.H * s.L * (FLOAT * s.parts * (s.Dv + 1) + s.Dv * s.size)
+    return Work(programs, programs * s.parts, s.parts, s.parts, tile, moved)
 
 
 WORK: dict[str, Callable[[Shape, Config], Work]] = {
@@ -190,6 +199,7 @@ WORK: dict[str, Callable[[Shape, Config], Work]] = {
     "merge": merge,
     "votes": votes,
     "live": live,
+    "backward_logits": backward_logits,
     "backward_votes": backward_votes,
 }
 """By the kernel's name in ``kernels/dense/catalogue.py``."""

@@ -92,7 +92,7 @@ class MaskReader:
             seen.dense += parts.dense
         packed = split_documents(seen.dense, rows, cols, lambda node: self._is_range(node, rows, cols))
         if packed is not None:
-            seen.documents, seen.dense = packed
+            seen.documents, seen.dense = packed.documents, packed.rest
         named = self._name(static, rows, cols)
         if named is None:
             seen.dense += [_whole(term) for term in seen.terms if self._has_static(term, rows, heads)]
@@ -103,6 +103,9 @@ class MaskReader:
             seen.facts, fills = Mask("causal", offset=0), [-math.inf]
         if seen.documents and seen.facts.kind == "none":
             seen.facts = Mask("causal", offset=0)
+        if packed is not None and packed.window is not None:
+            narrowest = min(packed.window, seen.facts.window or packed.window)
+            seen.facts = Mask("window", offset=seen.facts.offset, window=narrowest)
         if seen.facts.offset == 0 and not seen.documents:
             seen.documents = [
                 x for x in seen.dense if same_number(x, heads, rows, cols, lambda n: self._is_range(n, rows, cols))
@@ -239,7 +242,10 @@ class MaskReader:
             parts.static.append(leaf)
             return
         inner = self._through(node, layout) if leaf.threshold is None else None
-        if inner is not None:
+        told = self._nonzero(node, layout) if leaf.threshold is None else None
+        if told is not None:  # hidden is what the additive mask takes off
+            self._conjuncts(Leaf(told.node, told.layout, told.polarity != polarity), rows, heads, parts)
+        elif inner is not None:
             self._conjuncts(Leaf(*inner, polarity), rows, heads, parts)
         elif leaf.threshold is None and op(node) in _NOT and is_node(node.args[0]):
             self._conjuncts(Leaf(node.args[0], layout, not polarity), rows, heads, parts)
@@ -266,6 +272,14 @@ class MaskReader:
         if op(node) in ("to", "_to_copy") and is_node(source) and _is_bool(node) and _is_bool(source):
             return source, layout
         return None
+
+    def _nonzero(self, node: fx.Node, layout: Layout) -> Leaf | None:
+        """Read an additive mask cast to booleans: what holds where it is 0, and so False."""
+        source = node.args[0] if node.args else None
+        if op(node) not in ("to", "_to_copy") or not _is_bool(node) or not is_node(source) or _is_bool(source):
+            return None
+        found = self._selection(source, layout)
+        return found[0] if found is not None and found[0].threshold is None else None
 
     def _name(self, static: list[Leaf], rows: Dim, cols: Dim) -> tuple[Mask, bool] | None:
         """Name the conjunction of ``static``; also say whether every row of it has a visible key."""

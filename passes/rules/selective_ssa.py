@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from attnrewrite.kernels.ssa.reference import scaled
 from attnrewrite.passes.attention.form import Attention
 from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.selective import SelectiveRule
-from attnrewrite.passes.rules.ssa import SSARule, temperatures
+from attnrewrite.passes.rules.ssa import SSARule, tempered
 
 
 class SelectiveSSARule:
@@ -35,25 +34,24 @@ class SelectiveSSARule:
         """Return selective attention on scaled queries and values."""
         attend = self._votes.function(request)
 
-        return lambda t: attend(tempered(t, request))
+        return lambda t: attend(with_temperatures(t, request))
 
 
-def tempered(t: SiteTensors, request: Request) -> SiteTensors:
+def with_temperatures(t: SiteTensors, request: Request) -> SiteTensors:
     """Return the tensors with temperatures on the queries and on what is attended."""
-    tau_q, tau_v = temperatures(t, request)
-    return _Tempered(t.site, t.values, t.extra, plain=t, tau_q=tau_q, tau_v=tau_v)
+    queries, values = tempered(t, request)
+    return _Tempered(t.site, t.values, t.extra, queries=queries, summed=values)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class _Tempered(SiteTensors):
-    """The tensors ``plain`` with temperatures [B, H, L] on the queries and [B, Hkv, S] on what is attended."""
+    """A site's tensors with other queries [B, H, L, D], and other values [B, Hkv, S, Dv] to attend to."""
 
-    plain: SiteTensors
-    tau_q: torch.Tensor
-    tau_v: torch.Tensor
+    queries: torch.Tensor
+    summed: torch.Tensor
 
     def query(self) -> torch.Tensor:
-        return scaled(self.plain.query(), self.tau_q)
+        return self.queries
 
     def attended(self) -> torch.Tensor:
-        return scaled(self.plain.attended(), self.tau_v)
+        return self.summed

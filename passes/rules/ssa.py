@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.kernels.dense.choice import generated
-from attnrewrite.kernels.ssa.reference import ssa_attention, temperature
+from attnrewrite.kernels.sdpa.reference import attention
+from attnrewrite.kernels.ssa.reference import scaled, ssa_attention, temperature
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.facts.projection import projection
 from attnrewrite.passes.rules.base import Request
+from attnrewrite.passes.rules.folding import cached_values, fold, new_values
 from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
+from attnrewrite.passes.rules.steps import continues, put, real_tokens, step_mask
 
 
 class SSARule:
@@ -22,7 +26,7 @@ class SSARule:
     variant = "ssa"
 
     def check(self, site: Attention, request: Request) -> None:
-        """Refuse (AR307) where the query's raw projection cannot be found."""
+        """Refuse (AR307) where the query's raw projection cannot be found, or the values in a cache."""
         check_terms(site)
         wanted = (site.sizes()["H"], site.sizes()["D"])
         gate = request.parameters.get("q_gate")
@@ -30,10 +34,15 @@ class SSARule:
             detail = f"the gates are for {tuple(gate.meta['val'].shape[-2:])}, the site has {wanted}"
             raise Reject("AR309", detail, site.anchor)
         projection(site, "query")
+        if "index" in request.state:
+            cached_values(site)
+            if site.visibility.documents and continues(site, request):
+                raise Reject("AR307", "queries that continue a cache see packed documents", site.anchor)
 
     def extra(self, site: Attention, request: Request) -> dict[str, fx.Node]:
-        """Return the layer's gates and gains, and the query's raw projection."""
-        return {**request.parameters, "projection": projection(site, "query").node}
+        """Return the layer's gates and gains, the query's raw projection, and what a cache holds."""
+        held = {**request.state, "cached_values": cached_values(site)} if "index" in request.state else {}
+        return {**request.parameters, **held, "projection": projection(site, "query").node}
 
     def function(self, request: Request) -> Callable[[SiteTensors], torch.Tensor]:
         """Return SSA with the request's options."""
@@ -41,40 +50,70 @@ class SSARule:
 
         def ssa(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            mask, is_causal = mask_arguments(t, q.dtype)
             # Off the kernels, scaled operands for torch's fused operator are faster than an operator of our own.
             attend = op.ssa_attention if generated(q, v) else ssa_attention
-            return attend(
-                q,
-                k,
-                v,
-                *temperatures(t, request),
-                mask,
-                t.site.dropout,
-                is_causal=is_causal,
-                scale=t.site.scores.alpha,
-                enable_gqa=t.grouped,
-                softcap=t.site.scores.softcap,
-            )
+            return attend(q, k, v, *_temperatures(t, request), **_arguments(t, q.dtype))
 
-        return ssa
+        def continued(t: SiteTensors) -> torch.Tensor:
+            query, value = tempered(t, request)
+            q, k, v = common_dtype(query, t.key(), value)
+            return attention(q, k, v, **_arguments(t, q.dtype))
+
+        return continued if "index" in request.state else ssa
 
 
-def temperatures(t: SiteTensors, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+def _arguments(t: SiteTensors, dtype: torch.dtype) -> dict[str, Any]:
+    mask, is_causal = mask_arguments(t, dtype)
+    return {
+        "attn_mask": mask,
+        "dropout_p": t.site.dropout,
+        "is_causal": is_causal,
+        "scale": t.site.scores.alpha,
+        "enable_gqa": t.grouped,
+        "softcap": t.site.scores.softcap,
+    }
+
+
+def tempered(t: SiteTensors, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return queries [B, H, L, D] and what is attended [B, Hkv, S, Dv], times their temperatures."""
+    if "cached_values" not in t.extra:
+        tau_q, tau_v = _temperatures(t, request)
+        return scaled(t.query(), tau_q), scaled(t.attended(), tau_v)
+    values = fold(t, _temperature(t, request, "v", new_values(t), _new_index(t, request)))
+    return scaled(t.query(), _of_queries(t, request, positions(t)[0])), values
+
+
+def _temperatures(t: SiteTensors, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the temperatures of queries [B, H, L] and values [B, Hkv, S]."""
-    raw = t.arranged(t.extra["projection"], projection(t.site, "query").layout, t.site.query_layout)
-    sigmoid = request.config.get("position", "linear") == "sigmoid"
-
-    def one(which: str, states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        gain: float | torch.Tensor = 0.0
-        if f"{which}_gain" in t.extra:
-            value = t.extra[f"{which}_gain"]
-            value = value if value.dtype == torch.float64 else value.float()
-            gain = torch.sigmoid(value) if sigmoid else value
-        return temperature(states, t.extra.get(f"{which}_gate"), gain, index)
-
     q_index, v_index = positions(t)
-    return one("q", raw, q_index), one("v", t.value(), v_index)
+    return _of_queries(t, request, q_index), _temperature(t, request, "v", t.value(), v_index)
+
+
+def _of_queries(t: SiteTensors, request: Request, index: torch.Tensor) -> torch.Tensor:
+    raw = t.arranged(t.extra["projection"], projection(t.site, "query").layout, t.site.query_layout)
+    return _temperature(t, request, "q", raw, index)
+
+
+def _temperature(
+    t: SiteTensors, request: Request, which: str, states: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    gain: float | torch.Tensor = 0.0
+    if f"{which}_gain" in t.extra:
+        value = t.extra[f"{which}_gain"]
+        value = value if value.dtype == torch.float64 else value.float()
+        gain = torch.sigmoid(value) if request.config.get("position", "linear") == "sigmoid" else value
+    return temperature(states, t.extra.get(f"{which}_gate"), gain, index)
+
+
+def _new_index(t: SiteTensors, request: Request) -> torch.Tensor:
+    """Return n of the new values, [B, 1, L], and note it in the cache: older keys may be gone from there."""
+    if continues(t.site, request):
+        earlier = t.extra["index"].amax(1, keepdim=True)  # those of the new ones are still 0
+        new = earlier + real_tokens(t, step_mask(t)).cumsum(1)
+    else:
+        new = positions(t)[1][:, 0].expand(t.query().shape[0], -1)
+    put(t, "index", new)
+    return new[:, None]
 
 
 def positions(t: SiteTensors) -> tuple[torch.Tensor, torch.Tensor]:

@@ -124,3 +124,9 @@ def test_explain_program(run, run_json, tmp_path):
     code, data = run_json("explain", path)
     assert (code, len(data["sites"]), data["model"]) == (0, 1, "attention.pt2")
     assert run("explain", path, "--variant", "ssa")[0] == 2
+
+
+def test_a_wrong_variant_is_said_before_anything_is_loaded(run_json, monkeypatch):
+    monkeypatch.setattr("attnrewrite.loading.load_model", None)
+    code, data = run_json("explain", "./model", "--variant", "selektive")
+    assert (code, data["error"]["code"]) == (1, "AR301")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from families import FAMILIES, Family, build, padded
 from spellings import WIDTH, GraphBreak, NanoGPT
+from tiny import llama
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -283,6 +284,12 @@ def test_a_conversion_that_changes_the_function_is_undone(monkeypatch: pytest.Mo
     model = NanoGPT()
     wrong = SSAConfig(position="sigmoid")
     assert code_of(model, lambda: attnrewrite.convert(model, wrong, example_inputs=(X,)))[0] == "AR313"
+
+
+def test_a_model_in_float64_that_rounds_to_float32_inside_is_no_defect() -> None:
+    model = llama(attn_implementation="eager").double().eval()
+    attnrewrite.convert(model, SSAConfig(), example_inputs=(torch.arange(12)[None],))
+    assert model(torch.arange(12)[None]).logits.dtype == torch.float64
 
 
 def test_a_copy_says_that_it_must_be_compiled_and_then_works() -> None:

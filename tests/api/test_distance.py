@@ -131,6 +131,21 @@ def test_queries_at_padding_do_not_count() -> None:
     assert max(x for row in found.layers for x in (*row.maps, *row.outputs)) < 1e-5
 
 
+def test_next_tokens_at_padding_do_not_count() -> None:
+    teacher = tiny.llama().double()
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3.0)
+    inputs = padded({"input_ids": IDS[:, :LENGTH]})
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        p, q = (x(**inputs, use_cache=False).logits[real].log_softmax(-1) for x in (teacher, model))
+    expected = (p.exp() * (p - q)).sum(-1).mean()
+    assert distance(model, teacher, [inputs]).kl == pytest.approx(float(expected), rel=1e-9)
+    whole = distance(model, teacher, [{"input_ids": inputs["input_ids"]}]).kl
+    assert whole != pytest.approx(float(expected), rel=1e-6)
+
+
 def test_a_soft_cap_is_part_of_the_teachers_attention() -> None:
     family = next(family for family in FAMILIES if family.name == "gemma2")
     teacher, inputs = build(family, "eager"), family.inputs()

@@ -146,6 +146,7 @@ def test_the_command_trains_a_saved_conversion(folder: str, run_json: Any, run: 
     assert (code, data["error"]["code"]) == (1, "AR310")
 
 
+@pytest.mark.slow
 def test_in_the_stage_of_all_weights_the_model_learns_from_a_copy_of_itself() -> None:
     model = teacher(LLAMA)
     ids = torch.randint(3, 64, (4, 12))
@@ -193,6 +194,7 @@ def test_the_joint_loss_is_that_of_the_definition() -> None:
     assert float(step.total.detach()) == pytest.approx(statistics.fmean(step.layers.values()) + own, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_other_variants_have_the_stage_of_all_weights_too() -> None:
     model = teacher(LLAMA)
     attnrewrite.convert(model, SelectiveConfig(), example_kwargs=LLAMA.inputs())

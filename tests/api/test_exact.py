@@ -48,7 +48,7 @@ def test_outputs_and_gradients(family: Family, impl: str, pad: bool) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(f, id=f.name, marks=() if f.name in ("llama", "t5") else pytest.mark.slow) for f in FAMILIES],
+    [pytest.param(f, id=f.name, marks=() if f.name == "llama" else pytest.mark.slow) for f in FAMILIES],
 )
 def test_bfloat16(family: Family) -> None:
     """The bar on the root mean square over models: one ReLU that rounding flips decides a single gradient's error."""

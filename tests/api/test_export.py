@@ -60,7 +60,10 @@ def exported(model: nn.Module, path: Path, format: Any, axes: dict[int, Any], **
     )
 
 
-MODELS = [("llama", SelectiveConfig()), ("gpt2", SSAConfig()), ("bert", SSAConfig())]
+MODELS = [
+    ("llama", SelectiveConfig()),
+    *(pytest.param(name, SSAConfig(), marks=pytest.mark.slow) for name in ("gpt2", "bert")),
+]
 
 
 # --- programs of torch.export ---
@@ -89,7 +92,13 @@ assert not [name for name in sys.modules if name.split(".")[0] in ("attnrewrite"
 _WITH_OPERATORS = "import attnrewrite.functional\n" + "\n".join(_FRESH.splitlines()[:-1])
 
 
-@pytest.mark.parametrize(("keep", "code"), [(False, _FRESH), (True, _WITH_OPERATORS)], ids=["plain", "operators"])
+@pytest.mark.parametrize(
+    ("keep", "code"),
+    [
+        pytest.param(False, _FRESH, id="plain"),
+        pytest.param(True, _WITH_OPERATORS, id="operators", marks=pytest.mark.slow),
+    ],
+)
 def test_program_runs_in_a_fresh_process(keep: bool, code: str, tmp_path: Path) -> None:
     model, ids = made("llama", SelectiveConfig()), tokens(3, 12)
     path = exported(model, tmp_path / "model.pt2", "pt2", {0: BATCH, 1: LENGTH}, keep_operators=keep)
@@ -321,6 +330,7 @@ def test_folder_to_program(run_json: Any, folder: str, tmp_path: Path) -> None:
     assert program(input_ids=tokens(3, 12), use_cache=False)["logits"].shape == (3, 12, 96)
 
 
+@pytest.mark.slow
 def test_conversion_to_mlir_by_way_of_a_program(run: Any, run_json: Any, folder: str, tmp_path: Path) -> None:
     assert run("convert", folder, tmp_path / "ssa", "--variant", "ssa", "--format", "quiet")[0] == 0
     code, data = run_json("export", tmp_path / "ssa", tmp_path / "model.pt2", "--seq-len", "8")

@@ -11,7 +11,7 @@ from generation import IDS, LENGTH, MASK, PLACES, REAL, stepwise, whole
 from tiny import llama
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
 from transformers.cache_utils import DynamicLayer
 
 import attnrewrite
@@ -48,7 +48,10 @@ MANNERS = {
 }
 
 
-@pytest.mark.parametrize("manner", MANNERS)
+_OTHERS = [pytest.param(manner, marks=pytest.mark.slow) for manner in ("greedy", "sampling")]
+
+
+@pytest.mark.parametrize("manner", ["beams", *_OTHERS])
 def test_tokens_are_those_of_generation_without_a_cache(model: Any, manner: str) -> None:
     settings = {**MANNERS[manner], "output_logits": True, "return_dict_in_generate": True}
     found = []
@@ -70,7 +73,7 @@ def test_a_prompt_without_padding_in_a_cache_of_fixed_size(model: Any) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_votes_are_counted_and_steps_equal_the_whole(inner: Any) -> None:
     model = converted(llama(num_hidden_layers=1))
     limits: Any = {"recompile_limit": 64, "isolate_recompiles": True}
@@ -230,3 +233,17 @@ def test_wrong_budgets_are_named(model: Any) -> None:
     plain = llama()
     with pytest.raises(AttnRewriteError, match="AR323"):
         plain(IDS, past_key_values=SelectiveCache(plain.config, 8))
+
+
+def test_a_converted_encoder_is_called_by_itself() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.randint(3, 64, (2, 9))
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)
+    given = {"decoder_input_ids": ids[:, :4], "use_cache": False}
+    attnrewrite.convert(model, attnrewrite.SSAConfig(), example_inputs=(ids,), example_kwargs=given)
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)
+    attnrewrite.restore(model)
+    assert model.get_encoder()._compiled_call_impl is None
+    assert torch.equal(model.generate(ids, max_new_tokens=5, do_sample=False), expected)

@@ -74,7 +74,7 @@ def test_the_report_names_the_kernels_that_run(monkeypatch: pytest.MonkeyPatch, 
     model = convert(llama(num_hidden_layers=1), SelectiveConfig(), example_kwargs=INPUTS)
     _, sites = compiled_sites(model, "triton")
     names = {path.stem for path in tmp_path.iterdir()}
-    assert len(names) == 7
+    assert len(names) == 8
     assert set(sites[0].kernels) == names
     _, sites = compiled_sites(model, "reference")
     assert not sites[0].kernels

@@ -30,9 +30,10 @@ def _fresh_dynamo() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize(
-    ("name", "config"), [("llama", ALL), ("gpt2", SYMMETRIC), ("bert", ALL), ("gpt_neox", ALL)], ids=str
-)
+_OTHERS = [pytest.param(name, ALL, marks=pytest.mark.slow) for name in ("bert", "gpt_neox")]
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", ALL), ("gpt2", SYMMETRIC), *_OTHERS], ids=str)
 def test_saved_and_loaded_alone_or_into_the_base(tmp_path: Path, name: str, config: SymmetricConfig) -> None:
     model, inputs = model_of(name)
     base = copy.deepcopy(model)

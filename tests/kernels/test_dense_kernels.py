@@ -45,7 +45,7 @@ def test_masks(kind, gamma):
     shape = {"keys": (2, 1, 1, 70), "pairs": (1, 1, 70, 70), "bias": (2, 2, 70, 70), "shared bias": (1, 1, 70, 70)}[
         kind
     ]
-    mask = normal(shape, 2).requires_grad_(gamma is None) if "bias" in kind else normal(shape, 2) > -0.5
+    mask = normal(shape, 2).requires_grad_() if "bias" in kind else normal(shape, 2) > -0.5
     more = {} if gamma is None else {"gamma": torch.tensor(gamma, requires_grad=True)}
     compare({**tensors, "attn_mask": mask, **more}, is_causal=True)
 

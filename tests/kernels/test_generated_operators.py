@@ -26,8 +26,10 @@ def test_opcheck(tensors):
     numbers = (0.25, 0.0, True, None, None)
     torch.library.opcheck(operators.dense_attention.default, (*tensors, mask, None, None, None, *numbers))
     votes, protected = torch.rand(1, 20).requires_grad_(), torch.zeros(1, 20, dtype=torch.bool)
-    given = (*tensors, torch.tensor(0.5, requires_grad=True), votes, None, protected, None, None, *numbers, 0, 0, 1)
-    torch.library.opcheck(operators.selective_kernels.default, given)
+    before = (*tensors, torch.tensor(0.5, requires_grad=True), votes)
+    behind = (protected, None, None, *numbers, 0, 0, 1)
+    for voters in ((None, None, None), (drawn(20, 20), drawn(1, 20, 8), drawn(1, 20, 8, seed=1))):
+        torch.library.opcheck(operators.selective_kernels.default, (*before, *voters, *behind))
     pair = drawn(2, 16, 16)
     torch.library.opcheck(operators.symmetric_kernels.default, (*tensors[:2], pair, None, None, *numbers))
 

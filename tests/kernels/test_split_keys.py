@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from attnrewrite.functional import attention, selective_attention, selective_decode, ssa_attention
-from attnrewrite.kernels.dense import decode as split
+from attnrewrite.kernels.dense import decode as few_queries
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.choice import kernels
+from attnrewrite.kernels.dense.splits import Split, split
 from attnrewrite.kernels.selective.step import step
 from attnrewrite.kernels.strips import Options
 
@@ -33,7 +34,7 @@ def compare(assert_no_worse, function, tensors, **how):
 @pytest.mark.parametrize("L", [1, 3, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_plain(assert_no_worse, monkeypatch, splits, L, dtype):
-    monkeypatch.setattr(split, "split_count", lambda *_: splits)
+    monkeypatch.setattr(few_queries, "split", lambda *_: Split(splits, -(-700 // splits // 256) * 256))
     compare(assert_no_worse, attention, drawn(L, 700, dtype=dtype), enable_gqa=True)
 
 
@@ -65,7 +66,7 @@ def test_temperatures(assert_no_worse):
 def test_the_log_sum_exp_and_sinks():
     tensors = drawn(2, 600, Hkv=4)
     sinks = torch.tensor([1.0, -1.0, 0.0, 3.0])
-    out, lse = split.decode(Call(**tensors, how=Options(0.25), sinks=sinks))
+    out, lse = few_queries.decode(Call(**tensors, how=Options(0.25), sinks=sinks))
     logits = tensors["query"].double() @ tensors["key"].double().mT / 4
     logits = torch.cat((logits, sinks.double().view(1, 4, 1, 1).expand(2, 4, 2, 1)), -1)
     assert torch.allclose(lse.double(), logits.logsumexp(-1) / torch.log(torch.tensor(2.0)), atol=1e-5)
@@ -75,9 +76,13 @@ def test_the_log_sum_exp_and_sinks():
 
 @pytest.mark.parametrize("processors", [1, 132])
 def test_splits_fill_the_device_and_no_more(processors):
-    assert split.split_count(1, 32768, processors) == min(2 * processors, 128)
-    assert split.split_count(1024, 32768, processors) == 1
-    assert split.split_count(1, 100, processors) == 1
+    for keys in (0, 100, 32768):
+        for groups in (1, 16, 1024):
+            parts, share = split(groups, keys, processors)
+            assert (parts - 1) * share < max(1, keys) <= parts * share
+            assert share % 256 == 0
+    assert split(1, 32768, processors).parts == (2 if processors == 1 else 128)
+    assert split(1024, 32768, processors).parts == 1
 
 
 def whole_and_steps(tensors, cuts, mask=None, **how):

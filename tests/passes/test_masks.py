@@ -90,6 +90,17 @@ def test_padding_is_factored_out_of_a_conjunction() -> None:
     assert (site.mask.kind, site.mask.padding, site.mask.offset) == ("causal+padding", True, 0)
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+def test_an_additive_mask_cast_to_booleans_hides_what_it_takes_off(inverted: bool) -> None:
+    def mask(m: Masked, x: Tensor, keep: Tensor) -> Tensor:
+        seen = m.seen & keep[:, None, :]
+        taken = torch.where(~seen, 0.0, -1e9) if inverted else torch.where(seen, 0.0, -1e9)
+        return ~taken.bool() if inverted else taken.to(torch.bool)
+
+    site = site_of(Masked(mask, fill=True, value=-1e9), X, torch.ones(2, T, dtype=torch.bool))
+    assert (site.mask.kind, site.mask.padding, site.mask.offset) == ("causal+padding", True, 0)
+
+
 def test_two_masks_add_up() -> None:
     def mask(m: Masked, x: Tensor, e: Any) -> Tensor:
         window = torch.full((T, T), -math.inf).tril(-4)
@@ -129,6 +140,27 @@ def test_packed_documents_are_causal_whatever_the_data() -> None:
         steps = torch.where(starts, torch.randint(-4, 9, (2, T), generator=generator), 1)
         anything = steps.cumsum(-1)
         assert not (packed(anything) & (j > i)).any()
+
+
+def test_a_window_that_is_counted_by_positions_is_one_within_the_document() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3, 4, 5]] * 2)
+
+    def near(p: Tensor, width: int) -> Tensor:
+        n, batch = torch.arange(p.shape[1]), torch.arange(p.shape[0])[:, None, None]
+        return p[batch, n[None, None, :]] > p[batch, n[None, :, None]] - width
+
+    site = site_of(Masked(lambda m, x, p: ~(packed(p) & near(p, 3)), fill=True), X, positions)
+    assert (site.mask.kind, site.mask.window) == ("window+documents", 3)
+    both = site_of(Masked(lambda m, x, p: ~(packed(p) & near(p, 3) & near(p, 2)), fill=True), X, positions)
+    assert both.mask.window == 2
+    others = site_of(Masked(lambda m, x, p: ~(packed(p) & near(p + p, 3)), fill=True), X, positions)
+    assert others.mask.kind == "custom"
+    i, j = torch.arange(T)[:, None], torch.arange(T)[None]
+    for seed in range(20):  # the theorem that the name rests on
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(0, 4, (2, T), generator=generator) == 0
+        anything = torch.where(starts, torch.randint(-4, 9, (2, T), generator=generator), 1).cumsum(-1)
+        assert torch.equal(packed(anything) & near(anything, 3), packed(anything) & (j > i - 3))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -9,7 +9,7 @@ from suite.llama import Attention, hidden_states
 from suite.versus import compare
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 

@@ -9,7 +9,7 @@ from suite.figures import Figure, Goal, Result, ratio
 from suite.fresh import python
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 PASSES = ("match", "prove", "rewrite")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from attnrewrite.bench.clock import interleave
 from suite.figures import Figure, Goal, Result
 from suite.fresh import python
-from suite.measure import interleave
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 BARE, IMPORT, HELP, TORCH = "python -c pass", "import attnrewrite", "attnrewrite --help", "import torch"

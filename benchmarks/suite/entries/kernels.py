@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._dynamo
 import torch._functorch.config
-from torch import Tensor
 
+from attnrewrite.bench.case import FORWARD, Case, Setting, flops
+from attnrewrite.bench.clock import quantile, rounded, wall
+from attnrewrite.bench.contest import Contest, hold, reason
+from attnrewrite.bench.memory import peak
+from attnrewrite.functional import kernels
 from attnrewrite.kernels.dense.configs import configs
 from attnrewrite.kernels.tuning.calibration import Point, fit, misfit
+from attnrewrite.kernels.tuning.clock import CudaClock
 from attnrewrite.kernels.tuning.cost import Rates
 from attnrewrite.kernels.tuning.device import H200, Device, present
 from suite.beforehand import beforehand
-from suite.contest import FORWARD, Contest, flops, hold, reason
-from suite.cuda_clock import CudaClock
-from suite.figures import Figure, Goal, Result, quantile, ratio, rounded
-from suite.goals import CASES, GOALS, MEMORY, PLAIN, SELECTIVE, SSA, Aim, Case
-from suite.measure import wall
+from suite.figures import Figure, Goal, Result, ratio
+from suite.goals import CASES, EAGER_SELECTIVE, GOALS, MEMORY, PLAIN, SELECTIVE, SSA, Aim
 from suite.model import shape
-from suite.peers import Setting, providers
+from suite.peers import passes, providers
 from suite.roofline import Dot, roofline
 from suite.usage import usage
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 PREDICTIONS = Path(__file__).parents[2] / "results" / "predictions.json"
@@ -37,6 +40,8 @@ _ENOUGH = 20
 """Seconds at the end in which nothing new is begun."""
 _CALIBRATING = 15
 """Seconds that must be left to read off what kernels use, and to fit."""
+_SELDOM = (EAGER_SELECTIVE,)
+"""What takes so long that a few rounds must do."""
 _OF = {PLAIN: "sdpa", SSA: "ssa", SELECTIVE: "selective"}
 NOTE = (
     "Inputs are [B, H, N, D], normally distributed; P1 and P2 are causal. All providers of a case run in turns, in "
@@ -62,25 +67,83 @@ def run(size: Size, tick: Tick) -> Result:
     def left() -> float:
         return float(size["seconds"] - (time.monotonic() - start))
 
-    contests = {}
+    contests: dict[str, Contest] = {}
+    launches: dict[str, dict[tuple[str, str], float]] = {}
     for name in dict.fromkeys(aim.case.name for aim in GOALS if aim.case != MEMORY):
         torch._dynamo.reset()
         sizes = size["cases"].get(name)
         case = CASES[name] if sizes is None else CASES[name]._replace(**dict(zip("BHND", sizes, strict=True)))
         try:
-            setting = Setting(case, torch.device(size["device"]), getattr(torch, size["dtype"]), size["compiled"])
+            dtype = getattr(torch, size["dtype"])
+            setting = Setting(case, torch.device(size["device"]), dtype, size["compiled"], "triton")
+            contests[name] = contest = Contest(case)
             clock = CudaClock() if cuda else wall
-            contests[name] = hold(setting, clock, size["rounds"], tick, lambda: left() < _ENOUGH, cuda)
+            ran = hold(
+                contest,
+                setting,
+                providers(case),
+                clock,
+                size["rounds"],
+                tick,
+                lambda: left() < _ENOUGH,
+                passes(case),
+                seldom=_SELDOM,
+            )
+            if cuda:
+                launches[name] = _launches(contest, ran)
         except Exception as cause:  # what was measured before is worth more than this case
             result.notes.append(f"{name} was not measured: {reason(cause)}")
     memory, why = _memory() if cuda else (None, "there is no CUDA device")
-    result.facts["providers"] = [record for contest in contests.values() for record in contest.records()]
+    result.facts["providers"] = [record for contest in contests.values() for record in _records(contest)]
     result.figures = [*_times(contests, device), *_ratios(contests, memory)]
     result.facts["goals"] = [_goal(aim, contests.get(aim.case.name), memory, why) for aim in GOALS]
     if cuda and left() > _CALIBRATING:
-        result.facts["rates"] = _rates(contests, device)
+        result.facts["rates"] = _rates(contests, launches, device)
     result.drawing = roofline(f"Attention on {device.name}", device, (64, 128), _dots(contests))
     return result
+
+
+def _records(contest: Contest) -> list[dict[str, Any]]:
+    """Return a line for everybody in every pass."""
+    names = sorted({*contest.seconds, *contest.failures}, key=lambda x: (x[0] != FORWARD, x[1]))
+    return [_record(contest, *name) for name in names]
+
+
+def _record(contest: Contest, metric: str, provider: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"inputs": contest.case.name, "pass": metric, "provider": provider}
+    key = metric, provider
+    taken = contest.seconds.get(key)
+    if taken is None:
+        return {**found, "failure": contest.failures[key]}
+    p20, p50, p80 = (rounded(quantile(taken, part)) for part in (0.2, 0.5, 0.8))
+    rate = rounded(flops(contest.case, metric) / p50 / 1e12)
+    figures = {"ms": rounded(p50 * 1e3), "p20": rounded(p20 * 1e3), "p80": rounded(p80 * 1e3), "TFLOP/s": rate}
+    error = contest.errors.get(key)
+    return {**found, **figures, **({} if error is None else {"error": rounded(error)})}
+
+
+def _launches(contest: Contest, ran: Mapping[str, list[Callable[[], object]]]) -> dict[tuple[str, str], float]:
+    """Return the seconds of one launch of every generated kernel by (provider, kernel)."""
+    found = {}
+    for name, steps in ran.items():
+        own = contest.attempt("by kernel", name, partial(_kernels, steps)) or {}
+        found |= {(name, kernel): seconds for kernel, seconds in own.items()}
+    return found
+
+
+def _kernels(steps: list[Callable[[], object]]) -> dict[str, float]:
+    """Return the seconds of every generated kernel that the steps launch, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from attnrewrite.kernels.dense.catalogue import KERNELS
+
+    names = {template.function: name for name, template in KERNELS.items()}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for step in steps:
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+    return {names[x.key]: x.device_time / 1e6 for x in seen.key_averages() if x.key in names}
 
 
 def _times(contests: Mapping[str, Contest], device: Device) -> list[Figure]:
@@ -138,23 +201,22 @@ def _memory() -> tuple[float | None, str]:
     """Return the bytes that selective attention takes beyond inputs and output, or why that is not known."""
     try:
         setting = Setting(MEMORY, torch.device("cuda"), torch.bfloat16, compiled=False)
-        attend = providers(MEMORY)[SELECTIVE](setting)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out: Tensor = attend()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before - out.numel() * out.element_size(), ""
+        attend = providers(MEMORY)[SELECTIVE].make(setting)
+        with kernels("triton"):
+            taken = peak(lambda: attend(*setting.tensors), setting.device)
+        return taken - setting.query.numel() * setting.query.element_size(), ""
     except Exception as cause:
         return None, reason(cause)
 
 
-def _rates(contests: Mapping[str, Contest], device: Device) -> dict[str, Any]:
+def _rates(
+    contests: Mapping[str, Contest], launches: Mapping[str, Mapping[tuple[str, str], float]], device: Device
+) -> dict[str, Any]:
     """Return the rates that fit the kernels' own times: what ``published.RATES`` should say of this device."""
     points = []
     try:
-        for contest in contests.values():
-            for (provider, kernel), seconds in contest.kernels.items():
+        for name, contest in contests.items():
+            for (provider, kernel), seconds in launches.get(name, {}).items():
                 variant, case = _OF.get(provider), contest.case
                 if variant is not None and kernel != "delta":
                     config = configs(kernel, case.D, 16)[0]

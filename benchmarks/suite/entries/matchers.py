@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnrewrite.bench.clock import interleave
 from suite.figures import Figure, Goal, Result
 from suite.fresh import python
 from suite.llama import Logits, token_ids
 from suite.matchers import Seen, counts_per_attention, look
-from suite.measure import interleave
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 OURS, THEIRS = "attnrewrite", "inductor patterns"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from attnrewrite.bench.clock import interleave
 from suite.figures import Figure, Result, quantile
 from suite.llama import Logits, token_ids
-from suite.measure import interleave
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 NOTE = (
     "The floor is one walk over the graph that reads every node's arguments. The slope is the difference "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from attnrewrite.bench.clock import interleave
 from attnrewrite.kernels.store.behind import Shared
 from attnrewrite.kernels.store.key import Device, Key, bucket, pairs
 from attnrewrite.kernels.store.local import Folder
@@ -23,10 +24,9 @@ from attnrewrite.kernels.store.record import Record, Timing
 from attnrewrite.kernels.store.tiers import Store
 from suite.figures import Figure, Goal, Result
 from suite.fresh import python
-from suite.measure import interleave
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 NOTE = (

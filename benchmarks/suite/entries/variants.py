@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from suite.attentions import NAMES, Attend, dense, fused, ours
+from attnrewrite.bench.case import Attend, Case, Setting
+from attnrewrite.bench.clock import interleave
+from attnrewrite.bench.peers import PEERS
+from suite.attentions import NAMES, dense, ours
 from suite.figures import Figure, Result, ratio
-from suite.measure import interleave
 
 if TYPE_CHECKING:
-    from suite.measure import Tick
+    from attnrewrite.bench.clock import Tick
     from suite.registry import Size
 
 OURS, DENSE, FUSED = "attnrewrite", "dense", "sdpa"
@@ -43,18 +45,23 @@ def run(size: Size, tick: Tick) -> Result:
 
 
 def _compare(name: str, length: int, size: Size, tick: Tick, result: Result) -> None:
-    torch.manual_seed(0)
     torch._dynamo.reset()
     case = f"{name}, N = {length}, H = {size['heads']}, D = {size['width']}"
-    tensors = [torch.randn(1, size["heads"], length, size["width"], requires_grad=True) for _ in range(3)]
-    forms: dict[str, Attend] = {OURS: torch.compile(ours(name, tensors[0])), FUSED: torch.compile(fused)}
+    inputs = Case(case, 1, size["heads"], length, size["width"])
+    setting = Setting(inputs, torch.device("cpu"), torch.float32, compiled=True)
+    forms: dict[str, Attend] = {
+        OURS: torch.compile(ours(name, length).make(setting)),
+        FUSED: torch.compile(PEERS["sdpa"].make(setting)),
+    }
     if length <= LONGEST_DENSE:
-        forms[DENSE] = dense(name, tensors[0])
+        forms[DENSE] = dense(name).make(setting)
     for metric, step, rounds in (
         ("forward", _forward, size["rounds"]),
         ("forward + backward", _step, size["training_rounds"]),
     ):
-        cases: dict[str, Callable[[], object]] = {who: partial(step, form, tensors) for who, form in forms.items()}
+        cases: dict[str, Callable[[], object]] = {
+            who: partial(step, form, setting.tensors) for who, form in forms.items()
+        }
         taken = interleave(cases, rounds, tick, f"{case}, {metric}")
         for who, seconds in taken.items():
             result.figures.append(Figure(case, who, metric, "ms", [x * 1e3 for x in seconds]))
@@ -63,10 +70,10 @@ def _compare(name: str, length: int, size: Size, tick: Tick, result: Result) -> 
                 result.figures.append(ratio(case, metric, (OURS, taken[OURS]), (peer, taken[peer]), None))
 
 
-def _forward(attend: Attend, tensors: list[Tensor]) -> Tensor:
+def _forward(attend: Attend, tensors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     with torch.no_grad():
         return attend(*tensors)
 
 
-def _step(attend: Attend, tensors: list[Tensor]) -> None:
+def _step(attend: Attend, tensors: tuple[Tensor, Tensor, Tensor]) -> None:
     attend(*tensors).sum().backward()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 Tick = Callable[[str, int, int], None]
 """Called with a label, the steps done and the steps in all."""
 Clock = Callable[[Callable[[], object]], float]
 """Runs something and returns the seconds that it took."""
+LEAST_ROUNDS = 3
+"""That a median and its spread need."""
 
 
 def wall(run: Callable[[], object]) -> float:
@@ -37,11 +39,19 @@ def interleave(
     label: str,
     clock: Clock = wall,
     warmup: int = 1,
+    enough: Callable[[], bool] = lambda: False,
+    taken: dict[str, list[float]] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every case in every round. The order turns by one place per round."""
-    taken: dict[str, list[float]] = {name: [] for name in cases}
+    """Return the seconds of every case in every round. The order turns by one place per round.
+
+    ``enough`` may end it after a few rounds; ``taken`` is what is filled, so that an interrupted run leaves something.
+    """
+    taken = {} if taken is None else taken
+    taken.update({name: [] for name in cases})
     names = list(cases)
     for turn in range(warmup + rounds):
+        if turn >= warmup + LEAST_ROUNDS and enough():
+            break
         tick(label, turn, warmup + rounds)
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
@@ -50,3 +60,17 @@ def interleave(
                 taken[name].append(seconds)
     tick(label, warmup + rounds, warmup + rounds)
     return taken
+
+
+def quantile(samples: Sequence[float], part: float) -> float:
+    """Return a quantile, with linear interpolation."""
+    ordered = sorted(samples)
+    place = part * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def rounded(value: float) -> float:
+    """Keep five significant digits."""
+    return float(f"{value:.5g}")

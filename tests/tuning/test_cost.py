@@ -12,6 +12,7 @@ import pytest
 
 from attnrewrite.kernels.dense.catalogue import KERNELS
 from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.splits import split
 from attnrewrite.kernels.generation.resources import Resources
 from attnrewrite.kernels.tuning.calibration import Point, fit, misfit
 from attnrewrite.kernels.tuning.cost import Rates, floor, occupancy, predict
@@ -63,6 +64,18 @@ def test_every_kernel_has_a_cost():
             shape = replace(P1, D=width, Dv=width, penalty="votes" in name)
             found = predict(name, config, shape, Resources(255, 0, 65_536, "HGMMA"), H200, BEST)
             assert floor(name, shape, H200) < found < 0.1
+
+
+def test_a_step_counts_the_programs_that_are_launched():
+    parts, share = split(16, 32768, H200.sms)
+    step = Shape(1, 16, 16, 1, 32768, 64, 64, causal=True, parts=parts)
+    work = WORK["decode"](step, Config(16, 128, 4, 3))
+    assert (work.programs, work.longest) == (16 * parts, share // 128)
+    assert WORK["merge"](step, Config(4, 16)).tiles == 4 * parts  # of four rows each
+    assert WORK["decode"](replace(step, penalty=True), USUAL).memory - work.memory == 2 * 4 * 32768
+    whole = replace(step, parts=1)
+    used = replace(LEAN, matrix="HMMA")
+    assert seconds("decode", shape=whole, used=used) > 3 * seconds("decode", shape=step, used=used)
 
 
 def test_what_does_not_fit_takes_for_ever():

@@ -1,0 +1,48 @@
+"""The configurations that a kernel may be run with: all that a search looks at, and all that is believed of records."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attnrewrite.kernels.dense.configs import Config
+
+_TILE = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Space:
+    """Every combination of these. A field of one number is one that the kernel does not read."""
+
+    block_m: tuple[int, ...] = _TILE
+    block_n: tuple[int, ...] = _TILE
+    warps: tuple[int, ...] = (4, 8)
+    stages: tuple[int, ...] = (1, 2, 3, 4)
+
+    def valid(self, config: Mapping[str, Any]) -> bool:
+        """Whether these are the fields of a configuration, each with one of its values."""
+        if config.keys() != set(Config._fields):
+            return False
+        return all(type(config[name]) is int and config[name] in getattr(self, name) for name in Config._fields)
+
+    def __iter__(self) -> Iterator[Config]:
+        yield from itertools.starmap(Config, itertools.product(self.block_m, self.block_n, self.warps, self.stages))
+
+
+_ROWS = Space(block_m=(4, 8, 16, 32, 64, 128, 256), block_n=(16,), stages=(1, 2))
+
+SPACES = {
+    "forward": Space(),
+    "delta": _ROWS,
+    "backward_keys": Space(),
+    "backward_queries": Space(),
+    "backward_shared": Space(),
+    "decode": Space(block_m=(16, 32, 64), block_n=(16, 32, 64, 128, 256)),
+    "merge": _ROWS,
+    "votes": Space(),
+    "backward_logits": Space(),
+    "backward_votes": Space(),
+}
+"""By kernel. ``live`` is cut as the kernel is that it works for."""

@@ -1,0 +1,40 @@
+"""Tune a kernel that is about to run: what the modes "quick" and "full" do where nothing is stored."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from attnrewrite.kernels.dense.keys import shape_of
+from attnrewrite.kernels.dense.sample import Recipe
+from attnrewrite.kernels.tuning.bench import WorkerBench
+from attnrewrite.kernels.tuning.device import present
+from attnrewrite.kernels.tuning.search import EFFORTS
+from attnrewrite.kernels.tuning.tasks import Task
+from attnrewrite.kernels.tuning.tune import tune
+
+if TYPE_CHECKING:
+    from attnrewrite.kernels.dense.launch import Launch
+    from attnrewrite.kernels.store.key import Key
+    from attnrewrite.kernels.store.tiers import Store
+
+log = logging.getLogger(__name__)
+
+
+def tune_now(launch: Launch, key: Key, store: Store) -> None:
+    """Search while the call waits. The workers have the device's memory beside what this process holds."""
+    effort = EFFORTS[store.mode.search]
+    device = launch.call.query.device
+    try:
+        facts = present(device.index)
+    except ValueError as unknown:
+        log.warning("%s is not tuned: %s", key.kernel, unknown)
+        return
+    log.info("tuning %s for at most %.0f s", launch.emitted.stem, effort.seconds)
+    task = Task(key, shape_of(launch), Recipe.of(launch))
+    with WorkerBench(task.recipe, launch.name, str(device), key.target) as bench:
+        outcome = tune(task, facts, bench, store, effort)
+    if outcome is None:
+        log.info("%s is tuned by another process", launch.emitted.stem)
+    else:
+        log.info("%s: %s after %.1f s %s", launch.emitted.stem, outcome.winner, outcome.seconds, outcome.stopped)

@@ -1,0 +1,74 @@
+"""The choice among configurations that are about equally fast: the same one from different noisy times."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+from attnrewrite.kernels.dense.configs import Config
+from attnrewrite.kernels.generation.resources import Resources
+
+BAND = 0.01
+"""What is slower by up to about this part counts as equally fast."""
+_RESAMPLED = 100
+
+
+Samples = Mapping[Config, Sequence[float]]
+"""Seconds of runs. Those of one place were run in one round, one after another."""
+
+
+def winner(samples: Samples, used: Mapping[Config, Resources]) -> tuple[Config, float]:
+    """Return the configuration to run, and the width of the band. All have as many runs.
+
+    Of those in the band it is the one with the fewest spills, registers, bytes of shared memory, and the first in
+    order. The edge of the band lies in the widest gap between ``BAND`` and twice that, so that noise moves nothing
+    across it.
+    """
+    return _winner(relative(samples), used)
+
+
+def settled(samples: Samples, used: Mapping[Config, Resources]) -> bool:
+    """Whether other rounds would have told the same: the winner of rounds that are drawn again (bootstrap)."""
+    source = random.Random(0)  # statistics, no secret
+    rounds = range(min(map(len, samples.values())))
+    found, _ = winner(samples, used)
+    for _ in range(_RESAMPLED):
+        chosen = source.choices(rounds, k=len(rounds))
+        if winner({config: [runs[at] for at in chosen] for config, runs in samples.items()}, used)[0] != found:
+            return False
+    return True
+
+
+def relative(samples: Samples) -> dict[Config, float]:
+    """Return how long each takes beside the fastest: the median over all rounds.
+
+    What slows down the device for a while slows down both.
+    """
+    rounds = [statistics.median(runs) for runs in zip(*samples.values(), strict=False)]
+    beside = {config: _ratio(runs, rounds) for config, runs in samples.items()}
+    fastest = samples[min(beside, key=beside.__getitem__)]
+    return {config: _ratio(runs, fastest) for config, runs in samples.items()}
+
+
+def _ratio(runs: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median_low([mine / theirs for mine, theirs in zip(runs, others, strict=False)])
+
+
+def _winner(times: Mapping[Config, float], used: Mapping[Config, Resources]) -> tuple[Config, float]:
+    best = min(times.values())
+    edge = _edge(sorted(time / best - 1 for time in times.values()))
+    equal = [config for config, time in times.items() if time / best - 1 <= edge]
+    return min(equal, key=lambda config: (_uses(used[config]), config)), edge
+
+
+def _edge(slower: Sequence[float]) -> float:
+    """Return the middle of the widest gap between ``BAND`` and twice that, given how much slower each is."""
+    inside = [BAND, *(apart for apart in slower if BAND < apart < 2 * BAND), 2 * BAND]
+    low, high = max(pairwise(inside), key=lambda gap: gap[1] - gap[0])
+    return (low + high) / 2
+
+
+def _uses(used: Resources) -> tuple[int, int, int]:
+    return used.spills, used.registers, used.shared
