@@ -6,26 +6,26 @@ scores exists at a time; backward makes it anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnrewrite.kernels.sdpa.reference import masked_softmax
+from attnrewrite.kernels.sdpa.reference import alibi, masked_softmax, sink_softmax
 from attnrewrite.kernels.visibility import accumulation_dtype, additive, four_dimensional, visible
 
 BUDGET = 1 << 22
 """Scores in one strip: 16 MiB in float32."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Options:
-    """How a score becomes a weight: ``dropout(softmax(cap(scale * q . k) + bias))`` over the visible keys.
+    """How a score becomes a weight: ``dropout(softmax(cap(scale * q . k) - slope |i - j| + bias))`` over visible keys.
 
     ``mask_self`` gives the diagonal the finite logit -5e4: a query attends to itself only where it sees nothing else.
     Dropout draws from ``seed`` alone, so that backward drops the same weights. Query i stands at position
-    ``i + offset`` among the keys.
+    ``i + offset`` among the keys. ``sinks`` ``[H]`` are logits without a key, ``slopes`` ``[H]`` those of ALiBi.
     """
 
     scale: float
@@ -36,6 +36,8 @@ class Options:
     dropout_p: float = 0.0
     seed: int = 0
     offset: int = 0
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
     def kept(self, weights: Tensor, rows: slice) -> Tensor | None:
         """Return what dropout multiplies the weights of these rows by: 0 or 1 / (1 - p). None without dropout."""
@@ -54,9 +56,18 @@ def options(
     window: int | None,
     softcap: float | None,
     mask_self: bool = False,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
 ) -> Options:
     """Collect what an operator is given; ``seed`` is what ``draw_seed`` drew."""
-    return Options(scale, is_causal, window, softcap, mask_self, dropout_p, 0 if seed is None else int(seed))
+    drawn = 0 if seed is None else int(seed)
+    return Options(scale, is_causal, window, softcap, mask_self, dropout_p, drawn, sinks=sinks, slopes=slopes)
+
+
+def as_given(found: Sequence[Tensor | None], given: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+    """Return gradients in the dtypes of what they are by; empty ones for those that there are not."""
+    pairs = zip(found, given, strict=True)
+    return [like.new_empty(0) if by is None or x is None else by.to(x.dtype) for by, x in pairs]
 
 
 def draw_seed(query: Tensor, dropout_p: float) -> Tensor | None:
@@ -100,6 +111,8 @@ def strip(query: Tensor, key: Tensor, attn_mask: Tensor | None, how: Options, ro
     mask = None if attn_mask is None else _part(attn_mask, rows, cols)
     bias = additive(mask)
     logits = scores if bias is None else scores + bias.to(scores.dtype)
+    if how.slopes is not None:
+        logits = logits + alibi(how.slopes, lag(rows, cols, how.offset, scores.device), scores.dtype)
     if how.mask_self:
         itself = lag(rows, cols, how.offset, scores.device) == 0
         logits = logits.masked_fill(itself, -5e4)
@@ -118,7 +131,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
     out = query.new_empty(B, H, L, Dv)
     for rows, cols in spans(B, H, L, S, how):
         part = strip(q, k, attn_mask, how, rows, cols)
-        weights = masked_softmax(part.logits, part.seen)
+        weights = masked_softmax(part.logits, part.seen, how.sinks)
         kept = how.kept(weights, rows)
         out[:, :, rows] = per_group(weights if kept is None else weights * kept, v[:, :, cols]).to(out.dtype)
     return out
@@ -132,17 +145,24 @@ class Gradients:
     key: Tensor
     value: Tensor
     bias: Tensor | None = None
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
     @classmethod
-    def zeros(cls, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Gradients:
+    def zeros(cls, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, how: Options) -> Gradients:
         """Return gradients of 0, for tensors in the accumulation dtype."""
-        kept = None if bias is None else query.new_zeros(bias.shape)
-        return cls(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), kept)
+        others = (None if x is None else query.new_zeros(x.shape) for x in (bias, how.sinks, how.slopes))
+        return cls(torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value), *others)
 
     def through_weights(
-        self, part: Strip, weights: Tensor, upstream: Tensor, value: Tensor, delta: Tensor, how: Options
+        self, part: Strip, logits: Tensor, upstream: Tensor, value: Tensor, delta: Tensor, how: Options
     ) -> Tensor:
-        """Add what reaches the values, and return the gradient by the logits of one strip."""
+        """Add what reaches values and sinks, and return the gradient by the ``logits`` of one strip."""
+        if self.sinks is None or how.sinks is None:
+            weights = masked_softmax(logits, part.seen)
+        else:
+            weights, taken = sink_softmax(logits, part.seen, how.sinks).tensor_split((logits.shape[-1],), -1)
+            self.sinks -= (taken * delta[:, :, part.rows]).sum((0, 2, 3))
         kept = how.kept(weights, part.rows)
         upstream, by_weight = upstream[:, :, part.rows], per_group(upstream[:, :, part.rows], value[:, :, part.cols].mT)
         used, by_weight = (weights, by_weight) if kept is None else (weights * kept, by_weight * kept)
@@ -150,7 +170,10 @@ class Gradients:
         return weights * (by_weight - delta[:, :, part.rows])
 
     def add_scores(self, part: Strip, by_logit: Tensor, query: Tensor, key: Tensor, how: Options) -> None:
-        """Add what reaches query, key and bias through the logits of one strip."""
+        """Add what reaches query, key, bias and slopes through the logits of one strip."""
+        if self.slopes is not None:
+            apart = lag(part.rows, part.cols, how.offset, by_logit.device).abs()
+            self.slopes -= (by_logit * apart).sum((0, 2, 3))
         if self.bias is not None:
             into = _part(self.bias, part.rows, part.cols)
             into += by_logit.sum_to_size(into.shape)
@@ -177,10 +200,10 @@ def backward(
     dtype = accumulation_dtype(query.dtype)
     q, k, v, g = (x.to(dtype) for x in (query, key, value, upstream))
     delta = (g * out.to(dtype)).sum(-1, keepdim=True)  # [B, H, L, 1]
-    total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None)
+    total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None, how)
     for rows, cols in reversed(list(spans(B, H, L, S, how))):
         part = strip(q, k, attn_mask, how, rows, cols)
-        by_logit = total.through_weights(part, masked_softmax(part.logits, part.seen), g, v, delta, how)
+        by_logit = total.through_weights(part, part.logits, g, v, delta, how)
         total.add_scores(part, by_logit, q, k, how)
     return total
 

@@ -95,6 +95,8 @@ def check_attention(
     enable_gqa: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
     """Raise AR402 unless the arguments that every attention function takes fit together."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -112,6 +114,10 @@ def check_attention(
         raise error("AR402", f"softcap is {softcap}; it must be greater than 0", hint="pass None for no cap")
     if attn_mask is not None:
         _check_mask(query, key, attn_mask)
+    for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if per_head is not None:
+            check_shape(name, per_head, "H", (query.shape[1],))
+            _check_device(query, name, per_head)
 
 
 def check_window(window: int | None, is_causal: bool) -> None:
@@ -125,10 +131,14 @@ def check_window(window: int | None, is_causal: bool) -> None:
 
 
 def _check_placement(query: Tensor, name: str, tensor: Tensor) -> None:
-    if tensor.device != query.device:
-        raise error("AR402", f"query is on {query.device} and {name} on {tensor.device}", hint="")
+    _check_device(query, name, tensor)
     if tensor.dtype != query.dtype and not _autocasts(query.device):
         raise error("AR402", f"query has dtype {query.dtype}, {name} {tensor.dtype}", hint="cast one of them")
+
+
+def _check_device(query: Tensor, name: str, tensor: Tensor) -> None:
+    if tensor.device != query.device:
+        raise error("AR402", f"query is on {query.device} and {name} on {tensor.device}", hint="")
 
 
 def _check_sizes(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
@@ -159,8 +169,7 @@ def _check_mask(query: Tensor, key: Tensor, attn_mask: Tensor) -> None:
             f"attn_mask has dtype {attn_mask.dtype}; needed is torch.bool, torch.float32 or {query.dtype}",
             hint="a boolean mask is True where the key is visible, a float mask is added to the logits",
         )
-    if attn_mask.device != query.device:
-        raise error("AR402", f"query is on {query.device} and attn_mask on {attn_mask.device}", hint="")
+    _check_device(query, "attn_mask", attn_mask)
     B, H, L, _ = query.shape
     check_broadcast("attn_mask", attn_mask, (B, H, L, key.shape[2]))
 

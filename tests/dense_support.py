@@ -33,6 +33,8 @@ def formula(
     gamma=None,
     vote_query=None,
     vote_key=None,
+    sinks=None,
+    alibi_slopes=None,
 ):
     """Attention as an eager model writes it: products in the dtype of the inputs, softmax and votes in float32."""
     dtype, (L, S) = query.dtype, (query.shape[2], key.shape[2])
@@ -41,6 +43,9 @@ def formula(
     seen = visible(L, S, is_causal=is_causal, window=window, attn_mask=attn_mask)
     logits = (query @ repeat_kv(key, query.shape[1]).mT).to(wide) * query.shape[-1] ** -0.5
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    if alibi_slopes is not None:
+        lag = torch.arange(L, device=query.device).unsqueeze(-1) - torch.arange(S, device=query.device)
+        logits = logits - alibi_slopes.to(wide).view(-1, 1, 1) * lag.abs()
     bias = additive(attn_mask)
     logits = logits if bias is None else logits + bias.to(wide)
     if gamma is not None:
@@ -48,6 +53,11 @@ def formula(
         if vote_query is not None:
             votes = (vote_query @ vote_key.mT).to(wide) * vote_query.shape[-1] ** -0.5
         logits = logits - gamma * selection_penalty(votes, seen_by(seen, 0))[0].unsqueeze(1)
+    if sinks is not None:
+        column = sinks.to(wide).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
+        hidden = torch.zeros((), dtype=torch.bool, device=query.device) if seen is None else ~seen
+        weights = torch.softmax(torch.cat((logits.masked_fill(hidden, -torch.inf), column), -1), -1)[..., :-1]
+        return weights.to(dtype) @ repeat_kv(value, query.shape[1])
     return masked_softmax(logits, seen).to(dtype) @ repeat_kv(value, query.shape[1])
 
 
@@ -75,6 +85,33 @@ def widened(tensors):
 
 
 def compare(tensors, **how):
+    for name, a, b, c in _three(tensors, how):
+        if is_only_rounding(c):  # of products of size 1: ordinary PyTorch may be exact here by luck
+            assert (a - c).abs().max() < 32 * torch.finfo(a.dtype).eps, name
+        elif c.dim():
+            assert_no_worse(a, b, c, name, largest=False)
+        else:  # one number: a sum over all pairs, of which the rounding errors may cancel in one of the two
+            dtype = tensors["query"].dtype
+            least = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
+            assert (a - c).abs() <= max(2 * (b - c).abs(), least * max(1.0, float(c.abs()))), name
+
+
+def compare_draws(draw, draws=6, **how):
+    """Compare root mean squares over several draws: gradients of a few numbers are sums whose errors may cancel."""
+    errors = {}
+    for seed in range(draws):
+        for name, a, b, c in _three(draw(seed), how):
+            ours_, ordinary = errors.setdefault(name, ([], []))
+            ours_.append((a - c).flatten())
+            ordinary.append((b - c).flatten())
+    for name, pair in errors.items():
+        off, bar = (torch.cat(x) for x in pair)
+        step = torch.finfo(draw(0)["query"].dtype).eps * off.numel() ** 0.5  # one, of numbers of size 1
+        assert off.norm() <= max(2 * bar.norm(), step), f"{name}: error {off.norm():.2e}, ordinary {bar.norm():.2e}"
+
+
+def _three(tensors, how):
+    """Yield ours, ordinary PyTorch's and the true value of the output and of every gradient, with their names."""
     exact = widened(tensors)
     upstream = normal((*tensors["query"].shape[:3], tensors["value"].shape[3]), 7).to(tensors["query"].dtype)
     true = outputs(formula, exact, upstream, how)
@@ -84,14 +121,7 @@ def compare(tensors, **how):
     names = ["out", *(n for n, x in tensors.items() if x.requires_grad)]
     for name, a, b, c in zip(names, found, ordinary, true, strict=True):
         assert a.dtype == b.dtype
-        if is_only_rounding(c):  # of products of size 1: ordinary PyTorch may be exact here by luck
-            assert (a - c).abs().max() < 32 * torch.finfo(a.dtype).eps, name
-        elif c.dim():
-            assert_no_worse(a, b, c, name, largest=False)
-        else:  # one number: a sum over all pairs, of which the rounding errors may cancel in one of the two
-            dtype = tensors["query"].dtype
-            least = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
-            assert (a - c).abs() <= max(2 * (b - c).abs(), least * max(1.0, float(c.abs()))), name
+        yield name, a, b, c
 
 
 def normal(shape, seed):

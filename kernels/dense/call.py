@@ -21,8 +21,7 @@ class Call:
 
     ``penalty`` ``[B, L, S]``, times the number ``strength``, is taken off the base-2 logits of all heads, and ``death``
     ``[B, S]`` in int32 is the first row from which on it leaves a key nothing; queries are multiplied with ``pair``
-    ``[H, D, D]``; ``query_temperature`` ``[B, H, L]`` and ``value_temperature`` ``[B, Hkv, S]`` come together;
-    ``sinks`` and ``slopes`` (ALiBi) are ``[H]``.
+    ``[H, D, D]``; ``query_temperature`` ``[B, H, L]`` and ``value_temperature`` ``[B, Hkv, S]`` come together.
     """
 
     query: Tensor
@@ -36,8 +35,6 @@ class Call:
     pair: Tensor | None = None
     query_temperature: Tensor | None = None
     value_temperature: Tensor | None = None
-    sinks: Tensor | None = None
-    slopes: Tensor | None = None
     seed: Tensor | None = None
 
     @property
@@ -56,8 +53,8 @@ class Call:
             "WINDOW": self.how.window is not None,
             "MASK": self.mask_kind(),
             "SOFTCAP": self.how.softcap is not None,
-            "ALIBI": self.slopes is not None,
-            "SINKS": self.sinks is not None,
+            "ALIBI": self.how.slopes is not None,
+            "SINKS": self.how.sinks is not None,
             "DROPOUT": self.how.dropout_p > 0,
             "PENALTY": self.penalty is not None,
             "SKIPS": self.death is not None,
@@ -96,8 +93,8 @@ class Call:
             "Pair": self.pair,
             "QueryTau": self.query_temperature,
             "ValueTau": self.value_temperature,
-            "Sinks": self.sinks,
-            "Slopes": self.slopes,
+            "Sinks": how.sinks,
+            "Slopes": how.slopes,
             "Seed": self.seed,
             "B": B,
             "H": H,
@@ -132,6 +129,21 @@ class Call:
         if self.mask.dtype != torch.bool:
             return "bias"
         return "keys" if four_dimensional(self.mask).shape[2] == 1 else "pairs"
+
+
+def options(
+    scale: float,
+    dropout_p: float,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    offset: int = 0,
+) -> Options:
+    """Collect what an operator of the family is given."""
+    sinks, slopes = (None if x is None else x.contiguous() for x in (sinks, alibi_slopes))
+    return Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset, sinks=sinks, slopes=slopes)
 
 
 def named(letter: str, axes: str, tensor: Tensor) -> dict[str, int]:

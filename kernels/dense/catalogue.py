@@ -79,6 +79,7 @@ _OFF: dict[str, Flag] = {
     "TEMPERATURES": False,
     "DESCRIPTORS": False,
     "BIAS_GRADIENT": False,
+    "SLOPE_GRADIENT": False,
     "PRECISION": "ieee",
     "SUM_PRECISION": "tf32",
     "UPCAST": False,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class Gradients:
-    """By query, key and value; by the temperatures and by the bias ``[B, H, L, S]`` where asked for."""
+    """By query, key and value; by the temperatures, sinks, and, where asked for, bias ``[B, H, L, S]`` and slopes."""
 
     query: Tensor
     key: Tensor
@@ -39,10 +40,22 @@ class Gradients:
     query_temperature: Tensor | None = None
     value_temperature: Tensor | None = None
     bias: Tensor | None = None
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
+
+
+class Wanted(NamedTuple):
+    """Which gradients are wanted that take work of their own."""
+
+    bias: bool = False
+    slopes: bool = False
+
+
+NOTHING_MORE = Wanted()
 
 
 def backward(
-    call: Call, out: Tensor, lse: Tensor, upstream: Tensor, *, bias_gradient: bool = False, wide: bool = False
+    call: Call, out: Tensor, lse: Tensor, upstream: Tensor, wanted: Wanted = NOTHING_MORE, *, wide: bool = False
 ) -> tuple[Gradients, Tensor]:
     """Return the gradients of ``sum(upstream * out)``, and ``sum(upstream * out)`` of each row, ``[B, H, L]``.
 
@@ -58,19 +71,28 @@ def backward(
         call.value.new_empty(call.value.shape, dtype=dtype),
         lse.new_empty(B, H, L) if warm else None,
         lse.new_empty(B, Hkv, S) if warm else None,
-        lse.new_zeros(B, H, L, S) if bias_gradient else None,
+        lse.new_zeros(B, H, L, S) if wanted.bias else None,
     )
     delta = torch.empty_like(lse)
     more: dict[str, Any] = {"Out": out, "Lse": lse, "DOut": upstream, "Delta": delta}
     more |= {**out_strides(out), **named("g", "bhmd", upstream)}
+    by_slope = lse.new_empty(B, H, L) if wanted.slopes else None
     keys = {"DKey": found.key, "DValue": found.value, "DValueTau": found.value_temperature}
-    queries = {"DQuery": found.query, "DQueryTau": found.query_temperature, "DBias": found.bias}
-    flags = {"BIAS_GRADIENT": bias_gradient}
+    queries = {"DQuery": found.query, "DQueryTau": found.query_temperature, "DBias": found.bias, "DSlopes": by_slope}
+    flags = {"BIAS_GRADIENT": wanted.bias, "SLOPE_GRADIENT": wanted.slopes}
     run("delta", call, more, partial(row_blocks, call))
     run("backward_keys", call, more | keys, lambda config: B * Hkv * -(-S // config.block_n))
     programs = partial(row_blocks, call)
     run("backward_queries", call, more | queries, programs, flags, prepare=_live(call))
+    found.slopes = None if by_slope is None else by_slope.sum((0, 2))
+    found.sinks = None if call.how.sinks is None else by_sinks(call.how.sinks, lse, delta)
     return found, delta
+
+
+def by_sinks(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Return the gradient by sinks ``[H]``: less their weight times ``sum(upstream * out)``, over all rows."""
+    weights = torch.exp2(sinks.float().view(-1, 1) * math.log2(math.e) - lse)
+    return -(weights * delta).masked_fill(lse == float("-inf"), 0.0).sum((0, 2))
 
 
 BLOCK_LIST = 16

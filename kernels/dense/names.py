@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from attnrewrite.kernels.dense.call import Call
+from attnrewrite.kernels.dense.call import Call, options
 from attnrewrite.kernels.dense.catalogue import kernel
 from attnrewrite.kernels.dense.decode import few
 from attnrewrite.kernels.dense.selective import Selection, in_passing, skips
 from attnrewrite.kernels.dense.shared import paired, shares
 from attnrewrite.kernels.generation.emit import Flag
 from attnrewrite.kernels.selective.ballot import selector
-from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.symmetric.reference import pairwise_query
 
 OPERATORS = tuple(f"attnrewrite::{name}" for name in ("dense_attention", "selective_kernels", "symmetric_kernels"))
@@ -32,14 +31,14 @@ def kernel_names(operator: str, values: Sequence[Any], *, learns: bool) -> list[
 
 def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[str, dict[str, Flag]]]:
     if operator == OPERATORS[0]:
-        query, key, value, mask, tau, rho, _, scale, dropout_p, causal, window, softcap = values
-        how = Options(scale, causal, window, softcap, dropout_p=dropout_p)
+        query, key, value, mask, tau, rho, sinks, slopes, _, *numbers = values
+        how = options(*numbers, sinks=sinks, alibi_slopes=slopes)
         call = Call(query, key, value, how, mask, query_temperature=tau, value_temperature=rho)
         yield from _dense(call, call.flags(), learns)
         return
     if operator == OPERATORS[2]:
-        shared, value, pair, mask, _, scale, dropout_p, causal, window, softcap = values
-        how = Options(scale, causal, window, softcap, dropout_p=dropout_p)
+        shared, value, pair, mask, sinks, slopes, _, *numbers = values
+        how = options(*numbers, sinks=sinks, alibi_slopes=slopes)
         call = Call(shared if pair is None else pairwise_query(shared, pair), shared, value, how, mask)
         forward = {**call.flags(), "PAIR": paired(shared, value, pair, mask, None, how, on_chip=True).pair is not None}
         yield from _dense(call, forward, learns=False)
@@ -48,9 +47,9 @@ def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[
         elif learns:
             yield from ((name, call.flags()) for name in BACKWARD)
         return
-    query, key, value, gamma, votes, mask, vote_query, vote_key, protected, position, *rest = values
-    _, scale, dropout_p, causal, window, softcap, offset, head, _ = rest
-    how = Options(scale, causal, window, softcap, dropout_p=dropout_p, offset=offset)
+    query, key, value, gamma, votes, mask, vote_query, vote_key, sinks, slopes, protected, *rest = values
+    position, _, *numbers, offset, head, _ = rest
+    how = options(*numbers, sinks=sinks, alibi_slopes=slopes, offset=offset)
     call = Call(query, key, value, how, mask, strength=gamma)
     who = Selection(head, protected, votes, position, selector(vote_query, vote_key))
     flags = {**call.flags(), "PLACED": position is not None}

@@ -9,10 +9,10 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
-from attnrewrite.kernels.dense.call import Call
+from attnrewrite.kernels.dense.call import Call, options
 from attnrewrite.kernels.dense.decode import decode, few
 from attnrewrite.kernels.dense.fallback import on_kernels
-from attnrewrite.kernels.dense.launch import Gradients, backward, forward
+from attnrewrite.kernels.dense.launch import Wanted, backward, forward
 from attnrewrite.kernels.dense.plain import plain_backward, plain_forward
 
 
@@ -29,6 +29,8 @@ def dense_attention(
     *,
     query_temperature: Tensor | None = None,
     value_temperature: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Compute attention ``[B, H, L, Dv]``, with temperatures those of SSA.
 
@@ -37,7 +39,8 @@ def dense_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     seed = strips.draw_seed(query, dropout_p)
     numbers = (factor, dropout_p, is_causal, window, softcap)
-    out, _ = _forward(query, key, value, attn_mask, query_temperature, value_temperature, seed, *numbers)
+    given = (attn_mask, query_temperature, value_temperature, sinks, alibi_slopes, seed)
+    out, _ = _forward(query, key, value, *given, *numbers)
     result: Tensor = out
     return result
 
@@ -50,6 +53,8 @@ def _forward(
     attn_mask: Tensor | None,
     query_temperature: Tensor | None,
     value_temperature: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -57,7 +62,7 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p)
+    how = options(scale, dropout_p, is_causal, window, softcap, sinks, alibi_slopes)
     call = _call(query, key, value, how, attn_mask, query_temperature, value_temperature, seed)
     return on_kernels(call, lambda: (decode if few(call) else forward)(call), lambda: plain_forward(call))
 
@@ -79,6 +84,8 @@ def _backward(
     attn_mask: Tensor | None,
     query_temperature: Tensor | None,
     value_temperature: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -86,30 +93,35 @@ def _backward(
     window: int | None,
     softcap: float | None,
     bias_needs_grad: bool,
+    slopes_need_grad: bool,
 ) -> list[Tensor]:
-    """Return the gradients by the first six inputs of the operator, empty where there is none."""
-    how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p)
+    """Return the gradients by the first eight inputs of the operator, empty where there is none."""
+    how = options(scale, dropout_p, is_causal, window, softcap, sinks, alibi_slopes)
     call = _call(query, key, value, how, attn_mask, query_temperature, value_temperature, seed)
 
-    def on_gpu() -> Gradients:
-        return backward(call, out, lse, upstream, bias_gradient=bias_needs_grad)[0]
-
-    found = on_kernels(call, on_gpu, lambda: plain_backward(call, out, upstream, bias_needs_grad), again=True)
+    wanted = Wanted(bias_needs_grad, slopes_need_grad)
+    found = on_kernels(
+        call,
+        lambda: backward(call, out, lse, upstream, wanted)[0],
+        lambda: plain_backward(call, out, upstream, wanted),
+        again=True,
+    )
     if query_temperature is not None and value_temperature is not None:
         assert found.query_temperature is not None
         assert found.value_temperature is not None
         found.query_temperature = found.query_temperature.to(query_temperature.dtype)
         found.value_temperature = found.value_temperature.to(value_temperature.dtype)
     bias = by_mask(found.bias, attn_mask)
-    ordered = (found.query, found.key, found.value, bias, found.query_temperature, found.value_temperature)
+    per_head = strips.as_given((found.sinks, found.slopes), (sinks, alibi_slopes), query)
+    ordered = (found.query, found.key, found.value, bias, found.query_temperature, found.value_temperature, *per_head)
     return [query.new_empty(0) if x is None else x for x in ordered]
 
 
 @_backward.register_fake
 def _(upstream: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
-    query, key, value, mask, *rest = inputs[:6]
-    mask = mask if inputs[-1] else None
-    given = (query, key, value, mask, *rest)
+    query, key, value, mask, *rest, slopes = inputs[:8]
+    wanted = Wanted(*inputs[-2:])
+    given = (query, key, value, mask if wanted.bias else None, *rest, slopes if wanted.slopes else None)
     return [query.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 
@@ -143,14 +155,14 @@ def by_mask(bias: Tensor | None, attn_mask: Tensor | None) -> Tensor | None:
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.numbers = inputs[7:]
-    ctx.save_for_backward(*output, *inputs[:7])
+    ctx.numbers = inputs[9:]
+    ctx.save_for_backward(*output, *inputs[:9])
 
 
 def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, ctx.needs_input_grad[3])
-    given = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:6], strict=True)]
-    return *given, *(None for _ in range(6))
+    needs = ctx.needs_input_grad[:8]
+    found = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, needs[3], needs[7])
+    return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None for _ in range(6))
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

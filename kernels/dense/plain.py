@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnrewrite.kernels import strips
 from attnrewrite.kernels.dense.call import Call
-from attnrewrite.kernels.dense.launch import Gradients
+from attnrewrite.kernels.dense.launch import Gradients, Wanted
 from attnrewrite.kernels.dense.selective import Selection, SelectiveGradients
 from attnrewrite.kernels.selective.backward import gradients
 from attnrewrite.kernels.selective.ballot import Ballot, attend
@@ -26,17 +26,17 @@ def plain_forward(call: Call) -> tuple[Tensor, Tensor]:
     return out, out.new_empty(out.shape[:3], dtype=torch.float32)
 
 
-def plain_backward(call: Call, out: Tensor, upstream: Tensor, bias_gradient: bool) -> Gradients:
+def plain_backward(call: Call, out: Tensor, upstream: Tensor, wanted: Wanted) -> Gradients:
     """Return the gradients of ``sum(upstream * out)``."""
     query, value = _warmed(call)
     with full_precision(call.query.device):
-        found = strips.backward(upstream, query, call.key, value, out, call.mask, _how(call), bias_gradient)
-    by_key = found.key.to(call.key.dtype)
+        found = strips.backward(upstream, query, call.key, value, out, call.mask, _how(call), wanted.bias)
+    by_key, others = found.key.to(call.key.dtype), (found.bias, found.sinks, found.slopes if wanted.slopes else None)
     if call.query_temperature is None or call.value_temperature is None:
-        return Gradients(found.query.to(query.dtype), by_key, found.value.to(value.dtype), bias=found.bias)
+        return Gradients(found.query.to(query.dtype), by_key, found.value.to(value.dtype), None, None, *others)
     by_query, by_warmth = through_scaled(found.query, call.query, call.query_temperature)
     by_value, by_gain = through_scaled(found.value, call.value, call.value_temperature)
-    return Gradients(by_query, by_key, by_value, by_warmth, by_gain, found.bias)
+    return Gradients(by_query, by_key, by_value, by_warmth, by_gain, *others)
 
 
 def plain_selective_forward(call: Call, who: Selection, recent: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,14 +50,15 @@ def plain_selective_forward(call: Call, who: Selection, recent: int) -> tuple[Te
 
 
 def plain_selective_backward(
-    call: Call, who: Selection, out: Tensor, upstream: Tensor, later: Tensor, *, bias_gradient: bool
+    call: Call, who: Selection, out: Tensor, upstream: Tensor, later: Tensor, wanted: Wanted
 ) -> SelectiveGradients:
     """Return the gradients as the kernels do."""
     assert call.strength is not None
     tensors = (call.query, call.key, call.value, call.strength, out, call.mask)
     with full_precision(call.query.device):
-        found = gradients(upstream, later, *tensors, _ballot(call, who), who.earlier, bias_needs_grad=bias_gradient)
-    dense = Gradients(found.query, found.key, found.value, bias=found.bias)
+        found = gradients(upstream, later, *tensors, _ballot(call, who), who.earlier, bias_needs_grad=wanted.bias)
+    slopes = found.slopes if wanted.slopes else None
+    dense = Gradients(found.query, found.key, found.value, None, None, found.bias, found.sinks, slopes)
     return SelectiveGradients(dense, found.gamma, found.votes, found.selector)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.catalogue import OF_SYMMETRY
 from attnrewrite.kernels.dense.decode import decode, few
-from attnrewrite.kernels.dense.launch import Gradients, backward, forward
+from attnrewrite.kernels.dense.launch import Gradients, Wanted, backward, forward
 from attnrewrite.kernels.dense.plain import (
     plain_backward,
     plain_forward,
@@ -64,6 +64,9 @@ class Recipe:
     mask: tuple[int, ...] = ()
     bias: bool = False
     bias_gradient: bool = False
+    sinks: bool = False
+    slopes: bool = False
+    slope_gradient: bool = False
     temperatures: bool = False
     pair: bool = False
     placed: bool = False
@@ -90,6 +93,9 @@ class Recipe:
             mask=() if call.mask is None else tuple(call.mask.shape),
             bias=call.mask_kind() == "bias",
             bias_gradient=bool(launch.given["BIAS_GRADIENT"]),
+            sinks=how.sinks is not None,
+            slopes=how.slopes is not None,
+            slope_gradient=bool(launch.given["SLOPE_GRADIENT"]),
             temperatures=call.query_temperature is not None,
             pair=call.pair is not None,
             placed=bool(launch.given["PLACED"]),
@@ -128,6 +134,11 @@ class Sample:
         query = self._normal(r.B, r.H, r.L, r.D)
         key = query if r.kind == "symmetric" else self._normal(r.B, r.Hkv, r.S, r.D)
         how = Options(r.scale, r.causal, r.window, r.softcap, dropout_p=r.dropout_p, offset=r.offset)
+        how = dataclasses.replace(
+            how,
+            sinks=self._between(-1.0, 1.0, r.H) if r.sinks else None,
+            slopes=self._between(0.0, 0.1, r.H) if r.slopes else None,
+        )
         selective = r.kind == "selective"
         return Call(
             query,
@@ -153,6 +164,11 @@ class Sample:
             own = self._normal(self.recipe.B, self.recipe.L, r), self._normal(self.recipe.B, self.recipe.S, r)
         return Selection(0, protected, earlier, position, own)
 
+    @property
+    def wanted(self) -> Wanted:
+        """The gradients that take work of their own."""
+        return Wanted(self.recipe.bias_gradient, self.recipe.slope_gradient)
+
     @cached_property
     def upstream(self) -> Tensor:
         """The gradient of the output."""
@@ -166,7 +182,7 @@ class Sample:
             if not self.recipe.learns:
                 return [out, votes]
             later = torch.zeros_like(who.earlier)
-            found = selective_backward(call, who, out, lse, upstream, later, bias_gradient=self.recipe.bias_gradient)
+            found = selective_backward(call, who, out, lse, upstream, later, self.wanted)
             return [out, votes, *_tensors(found.dense), found.strength, found.earlier, *(found.selector or ())]
         out, lse = (decode if few(call) else forward)(call)
         if not self.recipe.learns:
@@ -174,7 +190,7 @@ class Sample:
         if self.recipe.kind == "symmetric" and shares(call):
             both = backward_shared(call, out, lse, upstream)
             return [out, both.query, both.value]
-        found_dense, _ = backward(call, out, lse, upstream, bias_gradient=self.recipe.bias_gradient)
+        found_dense, _ = backward(call, out, lse, upstream, self.wanted)
         return [out, *_tensors(found_dense)]
 
     def expected(self) -> list[Tensor]:
@@ -187,12 +203,12 @@ class Sample:
             if not self.recipe.learns:
                 return [out, votes]
             later = torch.zeros_like(who.earlier)
-            found = plain_selective_backward(call, who, out, upstream, later, bias_gradient=self.recipe.bias_gradient)
+            found = plain_selective_backward(call, who, out, upstream, later, self.wanted)
             return [out, votes, *_tensors(found.dense), found.strength, found.earlier, *(found.selector or ())]
         out, _ = plain_forward(call)
         if not self.recipe.learns:
             return [out]
-        dense = plain_backward(call, out, upstream, self.recipe.bias_gradient)
+        dense = plain_backward(call, out, upstream, self.wanted)
         if self.recipe.kind == "symmetric" and shares(self.call):
             return [out, dense.query + dense.key, dense.value]
         return [out, *_tensors(dense)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from attnrewrite.kernels.dense.call import Call, named
 from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.decode import Voting, decode, few
-from attnrewrite.kernels.dense.launch import Gradients, backward, forward, run
+from attnrewrite.kernels.dense.launch import NOTHING_MORE, Gradients, Wanted, backward, forward, run
 from attnrewrite.kernels.dense.voter import Selector, Voter, voter
 
 LARGEST_PENALTY = 1 << 29
@@ -124,8 +124,7 @@ def selective_backward(
     lse: Tensor,
     upstream: Tensor,
     later: Tensor,
-    *,
-    bias_gradient: bool = False,
+    wanted: Wanted = NOTHING_MORE,
 ) -> SelectiveGradients:
     """Return the gradients. ``later`` ``[B, S]`` is that by the votes after the last query."""
     parts = list(spans(call))
@@ -137,7 +136,7 @@ def selective_backward(
     for rows, state in zip(reversed(parts), reversed(before), strict=True):
         part, own = call.rows(rows), lse[:, :, rows].contiguous()
         given = (part, state, out[:, :, rows], own, upstream[:, :, rows], later)
-        found.append(_backward_strip(*given, wide=wide, bias_gradient=bias_gradient))
+        found.append(_backward_strip(*given, wanted, wide=wide))
         later = found[-1].earlier
     return found[0] if len(found) == 1 else _together(call, found[::-1])
 
@@ -148,6 +147,9 @@ def _together(call: Call, found: Sequence[SelectiveGradients]) -> SelectiveGradi
     dense = Gradients(torch.cat([x.dense.query for x in found], 2), key.to(call.key.dtype), value.to(call.value.dtype))
     if found[0].dense.bias is not None:
         dense.bias = torch.cat([x.dense.bias for x in found if x.dense.bias is not None], 2)
+    for name in ("sinks", "slopes"):
+        parts = [getattr(x.dense, name) for x in found]
+        setattr(dense, name, None if parts[0] is None else torch.stack(parts).sum(0))
     pairs = [x.selector for x in found if x.selector is not None]
     own = (torch.cat([x for x, _ in pairs], 1), torch.stack([x for _, x in pairs]).sum(0)) if pairs else None
     return SelectiveGradients(dense, torch.stack([x.strength for x in found]).sum(0), found[0].earlier, own)
@@ -160,16 +162,16 @@ def _backward_strip(
     lse: Tensor,
     upstream: Tensor,
     later: Tensor,
+    wanted: Wanted,
     *,
     wide: bool,
-    bias_gradient: bool,
 ) -> SelectiveGradients:
     B, H, Hkv, L, S = call.sizes
     strength = call.strength
     assert strength is not None
     votes = count(call, who, cleared=True)
     call = dataclasses.replace(call, penalty=votes.penalty, death=votes.death)
-    found, delta = backward(call, out, lse, upstream, wide=wide, bias_gradient=bias_gradient)
+    found, delta = backward(call, out, lse, upstream, wanted, wide=wide)
     own = who.voter(call)
     selected = lse.new_empty(own.key.shape)
     by_strength, by_earlier = (lse.new_empty(B, S) for _ in range(2))
@@ -196,8 +198,13 @@ def _backward_strip(
     through_bias = found.bias is not None and who.selector is None
     if found.bias is not None and through_bias:
         more |= {"DBias": found.bias[:, who.head], "stride_ab": found.bias.stride(0)}
+    by_slope = None if found.slopes is None or own.slope is None else lse.new_empty(B, S)
+    more["DSlopes"] = by_slope
     flags = {**own.flags(call), "PLACED": who.position is not None, "BIAS_GRADIENT": through_bias}
+    flags["SLOPE_GRADIENT"] = by_slope is not None
     run("backward_votes", call, more, lambda config: B * -(-S // config.block_n), flags)
+    if found.slopes is not None and by_slope is not None:
+        found.slopes[who.head] += by_slope.sum()
     result = SelectiveGradients(found, by_strength.sum().to(strength.dtype), by_earlier)
     by_voter = by_vote @ own.key
     if who.selector is not None:
@@ -250,7 +257,7 @@ def skips(call: Call, who: Selection) -> bool:
     B, _, _, L, S = call.sizes
     how = call.how
     itself = how.is_causal and how.offset + L <= S and call.mask is None and who.position is None
-    return itself and how.window is None and call.slopes is None and not few(call) and S >= SHORTEST_SKIP and B > 0
+    return itself and how.window is None and how.slopes is None and not few(call) and S >= SHORTEST_SKIP and B > 0
 
 
 def _limit(call: Call) -> Tensor:

@@ -9,11 +9,12 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
-from attnrewrite.kernels.dense.call import Call
+from attnrewrite.kernels.dense.call import Call, options
 from attnrewrite.kernels.dense.fallback import on_kernels
+from attnrewrite.kernels.dense.launch import Wanted
 from attnrewrite.kernels.dense.op import by_mask
 from attnrewrite.kernels.dense.plain import plain_selective_backward, plain_selective_forward
-from attnrewrite.kernels.dense.selective import Selection, SelectiveGradients, selective_backward, selective_forward
+from attnrewrite.kernels.dense.selective import Selection, selective_backward, selective_forward
 from attnrewrite.kernels.dense.voter import Selector
 from attnrewrite.kernels.diagnostics import error
 from attnrewrite.kernels.selective.ballot import Ballot, selector
@@ -47,7 +48,8 @@ def selective_kernels(
     if exempt is None:
         exempt = torch.zeros(1, S, dtype=torch.bool, device=query.device)
     numbers = (how.scale, how.dropout_p, how.is_causal, how.window, how.softcap, how.offset, selection_head, recent)
-    tensors = (query, key, value, gamma, before, attn_mask, *(selector or (None, None)), exempt, position, seed)
+    added = (attn_mask, *(selector or (None, None)), how.sinks, how.slopes, exempt, position, seed)
+    tensors = (query, key, value, gamma, before, *added)
     out, _, received = _forward(*tensors, *numbers)
     return out, received, exempt.expand(B, S)
 
@@ -82,6 +84,8 @@ def _forward(
     attn_mask: Tensor | None,
     vote_query: Tensor | None,
     vote_key: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     protected: Tensor,
     position: Tensor | None,
     seed: Tensor | None,
@@ -94,7 +98,7 @@ def _forward(
     selection_head: int,
     recent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset)
+    how = options(scale, dropout_p, is_causal, window, softcap, sinks, alibi_slopes, offset)
     own = selector(vote_query, vote_key)
     call, who = _call(query, key, value, gamma, votes, attn_mask, own, protected, position, seed, how, selection_head)
     return on_kernels(
@@ -125,6 +129,8 @@ def _backward(
     attn_mask: Tensor | None,
     vote_query: Tensor | None,
     vote_key: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     protected: Tensor,
     position: Tensor | None,
     seed: Tensor | None,
@@ -136,29 +142,31 @@ def _backward(
     offset: int,
     selection_head: int,
     bias_needs_grad: bool,
+    slopes_need_grad: bool,
 ) -> list[Tensor]:
-    """Return the gradients by the first eight inputs of the operator, empty where there is none."""
-    how = strips.Options(scale, is_causal, window, softcap, dropout_p=dropout_p, offset=offset)
+    """Return the gradients by the first ten inputs of the operator, empty where there is none."""
+    how = options(scale, dropout_p, is_causal, window, softcap, sinks, alibi_slopes, offset)
     own = selector(vote_query, vote_key)
     call, who = _call(query, key, value, gamma, votes, attn_mask, own, protected, position, seed, how, selection_head)
-    wanted = {"bias_gradient": bias_needs_grad}
-
-    def on_gpu() -> SelectiveGradients:
-        return selective_backward(call, who, out, lse, upstream, later.contiguous(), **wanted)
-
+    wanted = Wanted(bias_needs_grad, slopes_need_grad)
     found = on_kernels(
-        call, on_gpu, lambda: plain_selective_backward(call, who, out, upstream, later, **wanted), again=True
+        call,
+        lambda: selective_backward(call, who, out, lse, upstream, later.contiguous(), wanted),
+        lambda: plain_selective_backward(call, who, out, upstream, later, wanted),
+        again=True,
     )
     dense, bias = found.dense, by_mask(found.dense.bias, attn_mask)
     by_selector = found.selector or (None, None)
-    ordered = (dense.query, dense.key, dense.value, found.strength, found.earlier, bias, *by_selector)
+    per_head = strips.as_given((dense.sinks, dense.slopes), (sinks, alibi_slopes), query)
+    ordered = (dense.query, dense.key, dense.value, found.strength, found.earlier, bias, *by_selector, *per_head)
     return [query.new_empty(0) if x is None else x for x in ordered]
 
 
 @_backward.register_fake
 def _(upstream: Tensor, later: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> list[Tensor]:
-    *first, mask, vote_query, vote_key = inputs[:8]
-    given = (*first, mask if inputs[-1] else None, vote_query, vote_key)
+    *first, mask, vote_query, vote_key, sinks, slopes = inputs[:10]
+    wanted = Wanted(*inputs[-2:])
+    given = (*first, mask if wanted.bias else None, vote_query, vote_key, sinks, slopes if wanted.slopes else None)
     return [out.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 
@@ -181,16 +189,16 @@ def _call(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *ctx.numbers, ctx.recent = inputs[11:]
-    ctx.save_for_backward(*output[:2], *inputs[:11])
+    *ctx.numbers, ctx.recent = inputs[13:]
+    ctx.save_for_backward(*output[:2], *inputs[:13])
 
 
 def _differentiate(ctx: Any, upstream: Tensor, _: Tensor, later: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.recent != 1:
         raise error("AR402", "only the votes after the last query have a gradient", hint="decode under torch.no_grad()")
-    found = _backward(upstream, later.squeeze(1), *ctx.saved_tensors, *ctx.numbers, ctx.needs_input_grad[5])
-    given = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:8], strict=True)]
-    return *given, *(None for _ in range(11))
+    needs = ctx.needs_input_grad[:10]
+    found = _backward(upstream, later.squeeze(1), *ctx.saved_tensors, *ctx.numbers, needs[5], needs[9])
+    return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None for _ in range(11))
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

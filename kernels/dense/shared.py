@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attnrewrite.kernels.dense.call import Call, named
 from attnrewrite.kernels.dense.decode import MOST_QUERIES
-from attnrewrite.kernels.dense.launch import Gradients, out_strides, row_blocks, run
+from attnrewrite.kernels.dense.launch import Gradients, by_sinks, out_strides, row_blocks, run
 from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.symmetric.reference import pairwise_query
 
@@ -36,7 +36,7 @@ def paired(
 def shares(call: Call) -> bool:
     """Whether every pair is seen both ways, or neither: then one tile of scores serves two tiles of gradients."""
     how = call.how
-    plain = not how.is_causal and how.softcap is None and how.dropout_p == 0
+    plain = not how.is_causal and how.softcap is None and how.slopes is None and how.dropout_p == 0
     return call.query is call.key and call.pair is None and plain and call.mask_kind() in ("none", "keys")
 
 
@@ -47,4 +47,6 @@ def backward_shared(call: Call, out: Tensor, lse: Tensor, upstream: Tensor) -> G
     more |= {**out_strides(out), **named("g", "bhmd", upstream), "DQuery": query, "DValue": value}
     for name in ("delta", "backward_shared"):
         run(name, call, more, lambda config: row_blocks(call, config))
-    return Gradients(query, torch.zeros((), dtype=query.dtype, device=query.device), value)
+    found = Gradients(query, torch.zeros((), dtype=query.dtype, device=query.device), value)
+    found.sinks = None if call.how.sinks is None else by_sinks(call.how.sinks, lse, more["Delta"])
+    return found

@@ -9,7 +9,7 @@ from attnrewrite.kernels.generation.emit import Emitted
 _FULL = {
     *("Lse", "Delta", "QueryTau", "ValueTau", "Sinks", "Slopes", "Strength"),
     *("Earlier", "Received", "Limit", "Later", "Parts", "PartLse"),
-    *("DSelected", "DStrength", "DEarlier", "DQueryTau", "DValueTau", "DBias"),
+    *("DSelected", "DStrength", "DEarlier", "DQueryTau", "DValueTau", "DBias", "DSlopes"),
 }
 """Parameters that are float32 whatever the inputs are."""
 _NUMBERS = ("scale", "softcap", "kept", "largest")

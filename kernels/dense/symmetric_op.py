@@ -9,9 +9,10 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from attnrewrite.kernels import strips
+from attnrewrite.kernels.dense.call import options
 from attnrewrite.kernels.dense.decode import decode, few
 from attnrewrite.kernels.dense.fallback import on_kernels
-from attnrewrite.kernels.dense.launch import Gradients, backward, forward
+from attnrewrite.kernels.dense.launch import Gradients, Wanted, backward, forward
 from attnrewrite.kernels.dense.op import by_mask
 from attnrewrite.kernels.dense.plain import plain_backward, plain_forward
 from attnrewrite.kernels.dense.shared import backward_shared, paired, shares
@@ -24,7 +25,7 @@ def symmetric_kernels(
 ) -> Tensor:
     """Compute ``symmetric_attention``. The caller has checked the arguments."""
     numbers = (how.scale, how.dropout_p, how.is_causal, how.window, how.softcap)
-    out, _ = _forward(shared, value, pair, attn_mask, seed, *numbers)
+    out, _ = _forward(shared, value, pair, attn_mask, how.sinks, how.slopes, seed, *numbers)
     result: Tensor = out
     return result
 
@@ -35,6 +36,8 @@ def _forward(
     value: Tensor,
     pair: Tensor | None,
     attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -42,7 +45,7 @@ def _forward(
     window: int | None,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    how = Options(scale, is_causal, window, softcap, dropout_p=dropout_p)
+    how = options(scale, dropout_p, is_causal, window, softcap, sinks, alibi_slopes)
     given = (shared, value, pair, attn_mask, seed, how)
     call = paired(*given, on_chip=True)
     return on_kernels(call, lambda: (decode if few(call) else forward)(call), lambda: plain_forward(paired(*given)))
@@ -64,6 +67,8 @@ def _backward(
     value: Tensor,
     pair: Tensor | None,
     attn_mask: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     seed: Tensor | None,
     scale: float,
     dropout_p: float,
@@ -71,23 +76,26 @@ def _backward(
     window: int | None,
     softcap: float | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by shared, value, pair and bias; empty ones for those that there are not."""
-    how = Options(scale, is_causal, window, softcap, dropout_p=dropout_p)
+    slopes_need_grad: bool,
+) -> list[Tensor]:
+    """Return the gradients by the first six inputs of the operator, empty where there is none."""
+    how = options(scale, dropout_p, is_causal, window, softcap, sinks, alibi_slopes)
     call = paired(shared, value, pair, attn_mask, seed, how)
+    wanted = Wanted(bias_needs_grad, slopes_need_grad)
 
     def on_gpu() -> Gradients:
         if shares(call):
             return backward_shared(call, out, lse, upstream)
-        return backward(call, out, lse, upstream, bias_gradient=bias_needs_grad)[0]
+        return backward(call, out, lse, upstream, wanted)[0]
 
-    found = on_kernels(call, on_gpu, lambda: plain_backward(call, out, upstream, bias_needs_grad), again=True)
+    found = on_kernels(call, on_gpu, lambda: plain_backward(call, out, upstream, wanted), again=True)
     by_query, by_pair = found.query, shared.new_empty(0)
     if pair is not None:
         by_query, by_pair = through_pair(found.query.to(torch.float32), shared, pair)
     by_shared = (by_query + found.key).to(shared.dtype)
     bias = by_mask(found.bias, attn_mask)
-    return by_shared, found.value, by_pair, shared.new_empty(0) if bias is None else bias
+    per_head = strips.as_given((found.sinks, found.slopes), (sinks, alibi_slopes), shared)
+    return [by_shared, found.value, by_pair, shared.new_empty(0) if bias is None else bias, *per_head]
 
 
 @_backward.register_fake
@@ -99,22 +107,24 @@ def _(
     value: Tensor,
     pair: Tensor | None,
     attn_mask: Tensor | None,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    given = (shared, value, pair, attn_mask if rest[-1] else None)
-    by_shared, by_value, by_pair, bias = (shared.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
-    return by_shared, by_value, by_pair, bias
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    *rest: Any,
+) -> list[Tensor]:
+    wanted = Wanted(*rest[-2:])
+    given = (shared, value, pair, attn_mask if wanted.bias else None, sinks, alibi_slopes if wanted.slopes else None)
+    return [shared.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.numbers = *inputs[:5], inputs[5:]
+    *tensors, ctx.numbers = *inputs[:7], inputs[7:]
     ctx.save_for_backward(*output, *tensors)
 
 
 def _differentiate(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, ctx.needs_input_grad[3])
-    given = [x if needed else None for x, needed in zip(found, ctx.needs_input_grad[:4], strict=True)]
-    return *given, *(None for _ in range(6))
+    needs = ctx.needs_input_grad[:6]
+    found = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, needs[3], needs[5])
+    return *(x if needed else None for x, needed in zip(found, needs, strict=True)), *(None for _ in range(6))
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

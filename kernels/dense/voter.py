@@ -57,7 +57,7 @@ def voter(call: Call, head: int, selector: Selector | None) -> Voter:
     if call.mask is not None:
         given = call.mask.view(torch.uint8) if call.mask.dtype == torch.bool else call.mask
         mask = one_head(given, head).expand(B, 1, L, S)[:, 0]
-    slope = None if call.slopes is None else call.slopes[head]
+    slope = None if call.how.slopes is None else call.how.slopes[head]
     own = call.query[:, head], call.key[:, head // (H // Hkv)]
     return Voter(*own, mask, call.how.scale, call.how.softcap, slope)
 

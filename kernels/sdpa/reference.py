@@ -29,14 +29,17 @@ def attention(
     enable_gqa: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    *,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Scaled dot-product attention with a causal window and a soft cap.
+    """Scaled dot-product attention with a causal window, a soft cap, sinks and ALiBi.
 
-    ``softmax_j(cap(scale * q_i . k_j) + bias_ij) v_j`` over the visible keys j, where
+    ``softmax_j(cap(scale * q_i . k_j) - slope |i - j| + bias_ij) v_j`` over the visible keys j, where
     ``cap(x) = softcap * tanh(x / softcap)``.
 
-    A query that sees no key gives 0. Unlike torch's function this one takes ``is_causal`` and ``attn_mask``
-    together; without ``softcap`` it calls torch's function, so the result has that function's rounding.
+    A query that sees no key gives 0. Unlike torch's function this one takes ``is_causal`` and ``attn_mask`` together;
+    without soft cap, sinks and slopes it calls torch's function, so the result has that function's rounding.
 
     Args:
         query: ``[B, H, L, D]``, any floating-point dtype.
@@ -49,6 +52,9 @@ def attention(
         enable_gqa: allow Hkv < H; KV head g serves the query heads of its group of H / Hkv.
         window: with ``is_causal``, key j is visible to query i iff also i - j < window.
         softcap: bounds the logits before bias and mask; computed in float32 (float64 for float64 inputs).
+        sinks: ``[H]``, one more logit per head, which takes weight from the keys and has no value (StreamingLLM, arXiv
+            2309.17453; gpt-oss). A query that sees no key still gives 0.
+        alibi_slopes: ``[H]``; adds ``-slope * |i - j|`` to the logits, as ALiBi does (arXiv 2108.12409).
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``.
@@ -56,8 +62,8 @@ def attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
-    plain = softcap is None and window is None and (attn_mask is None or not is_causal)
-    if generated(query, value, fused=plain):
+    fused = softcap is None and sinks is None and alibi_slopes is None
+    if generated(query, value, fused=fused and window is None and (attn_mask is None or not is_causal)):
         from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
 
         check_attention(
@@ -70,10 +76,26 @@ def attention(
             enable_gqa=enable_gqa,
             window=window,
             softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
         )
-        return dense_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, window, softcap)
-    if softcap is not None:
-        return eager_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap)
+        numbers = (dropout_p, is_causal, scale, window, softcap)
+        return dense_attention(query, key, value, attn_mask, *numbers, sinks=sinks, alibi_slopes=alibi_slopes)
+    if not fused:
+        return eager_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale,
+            enable_gqa,
+            window,
+            softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+        )
     check_attention(
         query,
         key,
@@ -102,6 +124,9 @@ def eager_attention(
     enable_gqa: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    *,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Compute ``attention`` step by step, with logits and weights in float32 (float64 for float64 inputs)."""
     check_attention(
@@ -114,12 +139,14 @@ def eager_attention(
         enable_gqa=enable_gqa,
         window=window,
         softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     L, S = query.shape[2], key.shape[2]
     seen = visible(L, S, is_causal=is_causal, window=window, attn_mask=attn_mask, device=query.device)
     with full_precision(query.device):
-        logits = attention_logits(query, key, attn_mask, scale=scale, softcap=softcap)
-        return weighted_values(masked_softmax(logits, seen), value, dropout_p).to(query.dtype)
+        logits = attention_logits(query, key, attn_mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
+        return weighted_values(masked_softmax(logits, seen, sinks), value, dropout_p).to(query.dtype)
 
 
 def attention_logits(
@@ -129,20 +156,43 @@ def attention_logits(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Return ``cap(scale * q . k) + bias``, ``[B, H, L, S]`` in float32 (float64), with no boolean mask."""
+    """Return ``cap(scale * q . k) - slope |i - j| + bias``, ``[B, H, L, S]`` in float32 (float64): no boolean mask."""
     dtype = accumulation_dtype(query.dtype)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     keys = repeat_kv(key.to(dtype), query.shape[1])  # [B, H, S, D]
     logits = torch.matmul(query.to(dtype), keys.transpose(-2, -1)) * factor  # [B, H, L, S]
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
+    if alibi_slopes is not None:
+        i, j = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
+        logits = logits + alibi(alibi_slopes, i.unsqueeze(-1) - j, dtype)
     bias = additive(attn_mask)
     return logits if bias is None else logits + bias.to(dtype)
 
 
-def masked_softmax(logits: Tensor, seen: Tensor | None) -> Tensor:
-    """Softmax over the visible keys, exactly 0 on the others; a row without a visible key is all 0."""
+def alibi(slopes: Tensor, lag: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what slopes ``[H]`` add to the logits of pairs that lie ``lag`` ``[L, S]`` apart, ``[H, L, S]``."""
+    return -slopes.to(dtype).view(-1, 1, 1) * lag.abs()
+
+
+def masked_softmax(logits: Tensor, seen: Tensor | None, sinks: Tensor | None = None) -> Tensor:
+    """Softmax over the visible keys, exactly 0 on the others; a row without a visible key is all 0.
+
+    ``sinks`` ``[H]`` take part in the sum of ``[B, H, L, S]``, and not in the result.
+    """
+    return _softmax(logits, seen) if sinks is None else sink_softmax(logits, seen, sinks)[..., :-1]
+
+
+def sink_softmax(logits: Tensor, seen: Tensor | None, sinks: Tensor) -> Tensor:
+    """Return the weights of ``masked_softmax`` and behind them those of the sinks, ``[B, H, L, S + 1]``."""
+    column = sinks.to(logits.dtype).view(-1, 1, 1).expand(*logits.shape[:-1], 1)
+    seen = None if seen is None else torch.nn.functional.pad(seen, (0, 1), value=True)
+    return _softmax(torch.cat((logits, column), -1), seen)
+
+
+def _softmax(logits: Tensor, seen: Tensor | None) -> Tensor:
     if seen is None:
         return torch.softmax(logits, dim=-1)
     # The lowest finite number, not -inf: a row without a visible key must not make NaN, not even in backward.

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from attnrewrite.kernels import strips
-from attnrewrite.kernels.sdpa.reference import masked_softmax
 from attnrewrite.kernels.selective.ballot import Ballot
 from attnrewrite.kernels.strips import Gradients
 from attnrewrite.kernels.visibility import accumulation_dtype
@@ -37,13 +36,14 @@ class Found:
     votes: Tensor
     bias: Tensor | None = None
     selector: tuple[Tensor, Tensor] | None = None
+    sinks: Tensor | None = None
+    slopes: Tensor | None = None
 
-    def as_tuple(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Return those by query, key, value, gamma, bias and both of a selector; an empty one for what is None."""
-        by_bias, by_vote_query, by_vote_key = (
-            self.query.new_empty(0) if x is None else x for x in (self.bias, *(self.selector or (None, None)))
-        )
-        return self.query, self.key, self.value, self.gamma, by_bias, by_vote_query, by_vote_key
+    def listed(self) -> list[Tensor]:
+        """Return those by query, key, value, gamma, bias, both of a selector, sinks and slopes; empty ones for None."""
+        own = self.selector or (None, None)
+        given = (self.query, self.key, self.value, self.gamma, self.bias, *own, self.sinks, self.slopes)
+        return [self.query.new_empty(0) if x is None else x for x in given]
 
 
 def gradients(
@@ -68,9 +68,9 @@ def gradients(
     dtype = accumulation_dtype(query.dtype)
     q, k, v, g, strength = (x.to(dtype) for x in (query, key, value, upstream, gamma))
     delta = (g * out.to(dtype)).sum(-1, keepdim=True)  # [B, H, L, 1]
-    total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None)
+    total = Gradients.zeros(q, k, v, attn_mask if bias_needs_grad else None, how)
     voter = ballot.voter(q, k, attn_mask)
-    by_voter = Gradients.zeros(voter.query, voter.key, voter.key, None)
+    by_voter = Gradients.zeros(voter.query, voter.key, voter.key, None, voter.how)
     spans = list(strips.spans(B, H, L, S, how))
     states = list(ballot.states(voter, spans, votes))
     later = q.new_zeros(B, S) if by_state is None else by_state.to(dtype, copy=True)
@@ -79,8 +79,7 @@ def gradients(
         part = strips.strip(q, k, attn_mask, how, rows, cols)
         own = ballot.logits(part, voter)
         penalty = ballot.penalty(part, own, states.pop())
-        weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), part.seen)
-        by_logit = total.through_weights(part, weights, g, v, delta, how)
+        by_logit = total.through_weights(part, part.logits - strength * penalty.unsqueeze(1), g, v, delta, how)
         summed = by_logit.sum(1)  # [B, rows, cols]
         by_gamma -= (summed * penalty).sum()
         by_vote = ballot.by_logits(part, own, -strength * summed, later)
@@ -98,6 +97,10 @@ def gradients(
     )
     if total.bias is not None and attn_mask is not None:
         found.bias = total.bias.to(attn_mask.dtype)
+    if how.sinks is not None and total.sinks is not None:
+        found.sinks = total.sinks.to(how.sinks.dtype)
+    if how.slopes is not None and total.slopes is not None:
+        found.slopes = total.slopes.to(how.slopes.dtype)
     if ballot.selector is not None:
         both = zip((by_voter.query, by_voter.key), ballot.selector, strict=True)
         by_vote_query, by_vote_key = (by.squeeze(1).to(given.dtype) for by, given in both)

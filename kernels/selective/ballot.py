@@ -53,9 +53,11 @@ class Ballot:
         if self.selector is None:
             mask = None if attn_mask is None else strips.one_head(attn_mask, self.head)
             group = self.head // (query.shape[1] // key.shape[1])
-            return Voter(query[:, self.head : self.head + 1], key[:, group : group + 1], mask, self.how)
+            slopes = None if self.how.slopes is None else self.how.slopes[self.head : self.head + 1]
+            how = replace(self.how, sinks=None, slopes=slopes)
+            return Voter(query[:, self.head : self.head + 1], key[:, group : group + 1], mask, how)
         own_query, own_key = (x.to(query.dtype).unsqueeze(1) for x in self.selector)
-        how = replace(self.how, scale=own_query.shape[3] ** -0.5, softcap=None)
+        how = replace(self.how, scale=own_query.shape[3] ** -0.5, softcap=None, sinks=None, slopes=None)
         return Voter(own_query, own_key, strips.seen_by_head(attn_mask, self.head), how)
 
     def logits(self, part: Strip, voter: Voter) -> Tensor:
@@ -156,7 +158,7 @@ def attend(
             alive = survivors(penalty, seen_by(seen, ballot.head), own, ballot.protected, live, cols, budget)
             penalty = penalty.masked_fill(~alive, 0.0)
             seen = alive.unsqueeze(1) if seen is None else seen & alive.unsqueeze(1)
-        weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), seen)
+        weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), seen, how.sinks)
         kept = how.kept(weights, rows)
         weights = weights if kept is None else weights * kept
         out[:, :, rows] = strips.per_group(weights, v[:, :, cols]).to(out.dtype)

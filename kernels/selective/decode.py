@@ -51,6 +51,8 @@ def selective_decode(
     budget: int | None = None,
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, SelectionState]:
     """Attend with the newest L of S tokens; causal selective attention (arXiv 2410.02703) step by step.
 
@@ -76,6 +78,8 @@ def selective_decode(
             that a later query does not see, such as one that has left the window.
         vote_query: ``[B, L, Ds]``, with ``vote_key`` a selector of its own, as in ``selective_attention``.
         vote_key: ``[B, S, Ds]``, cached and new ones.
+        sinks: ``[H]``, as in ``selective_attention``.
+        alibi_slopes: ``[H]``, as in ``selective_attention``.
 
     Returns:
         The output ``[B, H, L, Dv]`` in the dtype of ``query``, and the state for S keys. Both are differentiable in
@@ -84,7 +88,18 @@ def selective_decode(
     Raises:
         LoweringError: AR402, arguments that do not fit together, and gradients with a budget.
     """
-    check_attention(query, key, value, attn_mask, is_causal=True, enable_gqa=enable_gqa, window=window, softcap=softcap)
+    check_attention(
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal=True,
+        enable_gqa=enable_gqa,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     check_selection(query, attn_mask, selection_head, gamma)
     check_selector(query, key, vote_query, vote_key)
     (B, _, L, D), S = query.shape, key.shape[2]
@@ -119,6 +134,8 @@ def selective_decode(
         protect_first,
         vote_query,
         vote_key,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     return out, SelectionState(received.squeeze(1), protected)
 

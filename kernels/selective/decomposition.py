@@ -23,6 +23,8 @@ def selective_attention(
     protect_first: bool,
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Compute what the operator computes; dropout draws other numbers."""
     return reference.selective_attention(
@@ -41,4 +43,6 @@ def selective_attention(
         softcap=softcap,
         vote_query=vote_query,
         vote_key=vote_key,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )

@@ -106,7 +106,7 @@ def _backward(
     """Return the gradients by query, key, gamma and bias; an empty one where there is no bias."""
     (B, _, L, _), S = query.shape, key.shape[2]
     ballot = _ballot(query, key, attn_mask, Options(scale, is_causal, window, softcap), protect_first)
-    total = Gradients.zeros(query, key, key, attn_mask if bias_needs_grad else None)
+    total = Gradients.zeros(query, key, key, attn_mask if bias_needs_grad else None, ballot.how)
     later, by_gamma = first_state(key, None), torch.zeros_like(gamma)
     with full_precision(query.device):
         spans = list(strips.spans(B, 1, L, S, ballot.how))

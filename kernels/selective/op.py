@@ -36,10 +36,24 @@ def selective_attention(
     softcap: float | None = None,
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Compute ``reference.selective_attention`` on generated kernels, or in strips; with a closed-form backward."""
     check_selective(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, window, selection_head, gamma, softcap
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        enable_gqa,
+        window,
+        selection_head,
+        gamma,
+        softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     check_selector(query, key, vote_query, vote_key)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
@@ -47,7 +61,7 @@ def selective_attention(
     if generated(query, value, unfit(query, vote_query, vote_key)):
         from attnrewrite.kernels.dense.selective_op import selective_kernels  # defines an operator
 
-        how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p)
+        how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p, sinks=sinks, slopes=alibi_slopes)
         seed = strips.draw_seed(query, dropout_p)
         tensors = (query, key, value, strength, attn_mask, seed)
         own = selector(vote_query, vote_key)
@@ -56,7 +70,8 @@ def selective_attention(
         )[0]
     seed = strips.draw_seed(query, dropout_p)
     numbers = (factor, dropout_p, is_causal, window, softcap, selection_head, protect_first)
-    out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers, vote_query, vote_key)
+    added = (vote_query, vote_key, sinks, alibi_slopes)
+    out: Tensor = _forward(query, key, value, strength, attn_mask, seed, *numbers, *added)
     return out
 
 
@@ -80,8 +95,10 @@ def _forward(
     protect_first: bool,
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, sinks=sinks, slopes=alibi_slopes)
     ballot = Ballot(how, selection_head, selector=selector(vote_query, vote_key))
     with full_precision(query.device):
         if protect_first:
@@ -113,10 +130,12 @@ def _backward(
     protect_first: bool,
     vote_query: Tensor | None,
     vote_key: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by query, key, value, gamma, bias, vote_query and vote_key; empty ones by what is absent."""
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+) -> list[Tensor]:
+    """Return the gradients by query, key, value, gamma, bias, and the four behind; empty ones by what is absent."""
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, sinks=sinks, slopes=alibi_slopes)
     ballot = Ballot(how, selection_head, selector=selector(vote_query, vote_key))
     with full_precision(query.device):
         if protect_first:
@@ -124,7 +143,7 @@ def _backward(
         found = gradients(
             upstream, None, query, key, value, gamma, out, attn_mask, ballot, bias_needs_grad=bias_needs_grad
         )
-    return found.as_tuple()
+    return found.listed()
 
 
 @_backward.register_fake
@@ -137,24 +156,23 @@ def _(
     out: Tensor,
     attn_mask: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, vote_query, vote_key, bias_needs_grad = rest
-    given = (query, key, value, gamma, attn_mask if bias_needs_grad else None, vote_query, vote_key)
-    return tuple(query.new_empty(0) if x is None else torch.empty_like(x) for x in given)
+) -> list[Tensor]:
+    *_, vote_query, vote_key, sinks, slopes, bias_needs_grad = rest
+    given = (query, key, value, gamma, attn_mask if bias_needs_grad else None, vote_query, vote_key, sinks, slopes)
+    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in given]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, gamma, attn_mask, seed, *ctx.numbers, vote_query, vote_key = inputs
-    ctx.save_for_backward(query, key, value, gamma, output, attn_mask, seed, vote_query, vote_key)
+    query, key, value, gamma, attn_mask, seed, *ctx.numbers = inputs[:-4]
+    ctx.save_for_backward(query, key, value, gamma, output, attn_mask, seed, *inputs[-4:])
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, vote_query, vote_key = ctx.saved_tensors
+    tensors, added = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
     wants_bias = ctx.needs_input_grad[4]
-    found = _backward(upstream, *tensors, *ctx.numbers, vote_query, vote_key, wants_bias)
-    by_bias = found[4] if wants_bias else None
-    by_selector = (None, None) if vote_query is None else found[5:]
-    return *found[:4], by_bias, *(None for _ in range(8)), *by_selector
+    found = _backward(upstream, *tensors, *ctx.numbers, *added, wants_bias)
+    by_added = (None if x is None else by for x, by in zip(added, found[5:], strict=True))
+    return *found[:4], found[4] if wants_bias else None, *(None for _ in range(8)), *by_added
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

@@ -33,10 +33,12 @@ def selective_attention(
     softcap: float | None = None,
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention in which earlier queries vote keys out, for all heads alike (arXiv 2410.02703).
 
-    With L the logits (after soft cap and bias), h the selection head, and M the pairs that may vote::
+    With L the logits (after soft cap, ALiBi and bias), h the selection head, and M the pairs that may vote::
 
         S[i,j] = max(L[h,i,j], 0) where M[i,j], else 0        a vote of query i against key j
         F[i,j] = sum over k < i of S[k,j]                     strictly earlier queries
@@ -64,8 +66,10 @@ def selective_attention(
         protect_first: False lets queries vote on every key but their own.
         softcap: bounds the logits before bias, mask and votes.
         vote_query: ``[B, L, Ds]``, any floating-point dtype. With ``vote_key`` the votes come from a selector of their
-            own: ``Z = Ds ** -0.5 vote_query vote_keyᵀ`` takes the place of L[h], without bias or soft cap.
+            own: ``Z = Ds ** -0.5 vote_query vote_keyᵀ`` takes the place of L[h], without bias, ALiBi or soft cap.
         vote_key: ``[B, L, Ds]``.
+        sinks: ``[H]``, as in ``attention``; nobody votes on them.
+        alibi_slopes: ``[H]``, as in ``attention``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``, differentiable in every float input including ``gamma``.
@@ -74,18 +78,32 @@ def selective_attention(
         LoweringError: AR402, arguments that do not fit together.
     """
     check_selective(
-        query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, window, selection_head, gamma, softcap
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        enable_gqa,
+        window,
+        selection_head,
+        gamma,
+        softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     check_selector(query, key, vote_query, vote_key)
     L = query.shape[2]
     seen = visible(L, L, is_causal=is_causal, window=window, attn_mask=attn_mask, device=query.device)
     with full_precision(query.device):
-        logits = attention_logits(query, key, attn_mask, scale=scale, softcap=softcap)  # [B, H, L, L]
+        logits = attention_logits(
+            query, key, attn_mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes
+        )  # [B, H, L, L]
         voting = (
             logits[:, selection_head] if vote_query is None else selector_logits(vote_query, vote_key, logits.dtype)
         )
         penalty, _ = selection_penalty(voting, seen_by(seen, selection_head), protect_first=protect_first)
-        weights = masked_softmax(logits - gamma * penalty.unsqueeze(1), seen)
+        weights = masked_softmax(logits - gamma * penalty.unsqueeze(1), seen, sinks)
         return weighted_values(weights, value, dropout_p).to(query.dtype)
 
 
@@ -116,7 +134,7 @@ def selective_memory(
     sees its own, which has no votes, so that M is at least 1; it is 0 for a query that sees none.
 
     ``query`` is ``[B, H, L, D]``, ``key`` ``[B, Hkv, L, D]``, ``tau`` a number greater than 0; all other arguments are
-    those of ``selective_attention``.
+    those of ``selective_attention``; ALiBi comes as a bias.
 
     Returns:
         ``[B, L]`` in float32 (float64 for float64 inputs), differentiable in every float input.
@@ -198,6 +216,9 @@ def check_selective(
     selection_head: int,
     gamma: float | Tensor,
     softcap: float | None,
+    *,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
     """Raise AR402 unless the arguments of selective attention fit together."""
     check_attention(
@@ -210,6 +231,8 @@ def check_selective(
         enable_gqa=enable_gqa,
         window=window,
         softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     L, S = query.shape[2], key.shape[2]
     if L != S:

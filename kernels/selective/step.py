@@ -42,13 +42,15 @@ def step(
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
     recent: int = 1,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output, the votes after each of the last ``recent`` queries, ``[B, recent, S]``, the protected keys.
 
     ``votes`` and ``protected`` ``[B, S]`` have 0 and False for the new keys. ``position``, a number, says where the
     first query stands in a cache of fixed size, in which case ``attn_mask`` hides what lies behind; otherwise the
     queries are the newest keys. ``budget`` is a number, with which ``recent`` is 1; ``seed`` is what
-    ``strips.draw_seed`` drew.
+    ``strips.draw_seed`` drew. ALiBi is for queries whose position is known.
     """
     reasons = [unfit(query, vote_query, vote_key)]
     if budget is not None and (position is not None or query.shape[2] != 1):
@@ -58,8 +60,17 @@ def step(
     if generated(query, value, *reasons):
         from attnrewrite.kernels.dense.selective_op import selective_kernels  # defines an operator
 
-        how = Options(scale, position is None, None if position is not None else window, softcap, dropout_p=dropout_p)
-        how = replace(how, offset=key.shape[2] - query.shape[2] if position is None else 0)
+        placed = position is not None
+        how = Options(
+            scale,
+            not placed,
+            None if placed else window,
+            softcap,
+            dropout_p=dropout_p,
+            offset=0 if placed else key.shape[2] - query.shape[2],
+            sinks=sinks,
+            slopes=alibi_slopes,
+        )
         if budget is not None:
             votes = _bounded(votes, protected if protect_first else None, attn_mask, how, selection_head, budget)
         return selective_kernels(
@@ -98,6 +109,8 @@ def step(
         vote_query,
         vote_key,
         recent,
+        sinks,
+        alibi_slopes,
     )
     return found
 
@@ -133,8 +146,10 @@ def _step(
     vote_query: Tensor | None = None,
     vote_key: Tensor | None = None,
     recent: int = 1,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    how = strips.options(seed, scale, dropout_p, True, window, softcap)
+    how = strips.options(seed, scale, dropout_p, True, window, softcap, sinks=sinks, slopes=alibi_slopes)
     own = selector(vote_query, vote_key)
     ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first, own)
     limit = None if budget is None else int(budget)
@@ -196,10 +211,12 @@ def _backward(
     protect_first: bool,
     vote_query: Tensor | None,
     vote_key: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
     """Return the gradients as the backward of a whole sequence does, and behind them that by votes."""
-    how = strips.options(seed, scale, dropout_p, True, window, softcap)
+    how = strips.options(seed, scale, dropout_p, True, window, softcap, sinks=sinks, slopes=alibi_slopes)
     own = selector(vote_query, vote_key)
     ballot = _ballot(query, key, attn_mask, protected, position, how, selection_head, protect_first, own)
     with full_precision(query.device):
@@ -216,7 +233,7 @@ def _backward(
             votes,
             bias_needs_grad=bias_needs_grad,
         )
-    return *found.as_tuple(), found.votes.to(votes.dtype)
+    return [*found.listed(), found.votes.to(votes.dtype)]
 
 
 @_backward.register_fake
@@ -232,19 +249,18 @@ def _(
     protected: Tensor,
     attn_mask: Tensor | None,
     *rest: Any,
-) -> tuple[Tensor, ...]:
-    *_, vote_query, vote_key, bias_needs_grad = rest
-    given = (query, key, value, gamma, attn_mask if bias_needs_grad else None, vote_query, vote_key, votes)
-    return tuple(query.new_empty(0) if x is None else torch.empty_like(x) for x in given)
+) -> list[Tensor]:
+    *added, bias_needs_grad = rest[-5:]
+    given = (query, key, value, gamma, attn_mask if bias_needs_grad else None, *added, votes)
+    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in given]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     query, key, value, gamma, votes, protected, attn_mask, position, seed, budget, *rest = inputs
-    *ctx.numbers, vote_query, vote_key, ctx.recent = rest
+    *ctx.numbers, vote_query, vote_key, ctx.recent, sinks, slopes = rest
     ctx.bounded = budget is not None
-    ctx.save_for_backward(
-        query, key, value, gamma, output[0], votes, protected, attn_mask, position, seed, vote_query, vote_key
-    )
+    tensors = (query, key, value, gamma, output[0], votes, protected, attn_mask, position, seed)
+    ctx.save_for_backward(*tensors, vote_query, vote_key, sinks, slopes)
 
 
 def _differentiate(ctx: Any, upstream: Tensor, by_state: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -253,11 +269,11 @@ def _differentiate(ctx: Any, upstream: Tensor, by_state: Tensor, _: Any) -> tupl
     if ctx.recent != 1:
         raise error("AR402", "only the votes after the last query have a gradient", hint="decode under torch.no_grad()")
     wants_bias = ctx.needs_input_grad[6]
-    *tensors, vote_query, vote_key = ctx.saved_tensors
-    found = _backward(upstream, by_state.squeeze(1), *tensors, *ctx.numbers, vote_query, vote_key, wants_bias)
+    tensors, added = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
+    *found, by_votes = _backward(upstream, by_state.squeeze(1), *tensors, *ctx.numbers, *added, wants_bias)
     by_bias = found[4] if wants_bias else None
-    by_selector = (None, None) if vote_query is None else found[5:7]
-    return *found[:4], found[7], None, by_bias, *(None for _ in range(9)), *by_selector, None
+    by_added = [None if x is None else by for x, by in zip(added, found[5:], strict=True)]
+    return *found[:4], by_votes, None, by_bias, *(None for _ in range(9)), *by_added[:2], None, *by_added[2:]
 
 
 _step.register_autograd(_differentiate, setup_context=_remember)

@@ -20,6 +20,8 @@ def ssa_attention(
     is_causal: bool,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """Compute what the operator computes; dropout draws other numbers."""
     return reference.ssa_attention(
@@ -35,4 +37,6 @@ def ssa_attention(
         True,
         window,
         softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     ).contiguous()

@@ -32,6 +32,9 @@ def ssa_attention(
     enable_gqa: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    *,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Compute ``reference.ssa_attention`` on generated kernels, or in strips; with a closed-form backward."""
     check_ssa(
@@ -46,6 +49,8 @@ def ssa_attention(
         enable_gqa=enable_gqa,
         window=window,
         softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
     if generated(query, value):
         from attnrewrite.kernels.dense.op import dense_attention  # defines an operator, which takes its time
@@ -62,10 +67,13 @@ def ssa_attention(
             softcap,
             query_temperature=query_temperature,
             value_temperature=value_temperature,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
         )
     numbers = (query.shape[-1] ** -0.5 if scale is None else scale, dropout_p, is_causal, window, softcap)
     seed = strips.draw_seed(query, dropout_p)
-    out: Tensor = _forward(query, key, value, query_temperature, value_temperature, attn_mask, seed, *numbers)
+    tensors = (query, key, value, query_temperature, value_temperature, attn_mask, seed)
+    out: Tensor = _forward(*tensors, *numbers, sinks, alibi_slopes)
     return out
 
 
@@ -86,8 +94,10 @@ def _forward(
     is_causal: bool,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, sinks=sinks, slopes=alibi_slopes)
     with full_precision(query.device):
         return strips.forward(scaled(query, query_temperature), key, scaled(value, value_temperature), attn_mask, how)
 
@@ -113,17 +123,19 @@ def _backward(
     is_causal: bool,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by the five tensors and the bias; an empty one where there is no bias."""
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap)
+) -> list[Tensor]:
+    """Return the gradients by the five tensors, bias, sinks and slopes; empty ones by what is absent."""
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, sinks=sinks, slopes=alibi_slopes)
     with full_precision(query.device):
         q, v = scaled(query, query_temperature), scaled(value, value_temperature)
         found = strips.backward(upstream, q, key, v, out, attn_mask, how, bias_needs_grad)
         by_query, by_warmth = through_scaled(found.query, query, query_temperature)
         by_value, by_gain = through_scaled(found.value, value, value_temperature)
-    bias = query.new_empty(0) if found.bias is None or attn_mask is None else found.bias.to(attn_mask.dtype)
-    return by_query, found.key.to(key.dtype), by_value, by_warmth, by_gain, bias
+    added = strips.as_given((found.bias, found.sinks, found.slopes), (attn_mask, sinks, alibi_slopes), query)
+    return [by_query, found.key.to(key.dtype), by_value, by_warmth, by_gain, *added]
 
 
 @_backward.register_fake
@@ -136,23 +148,26 @@ def _(
     value_temperature: Tensor,
     out: Tensor,
     attn_mask: Tensor | None,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, q_tau, v_tau = (torch.empty_like(x) for x in (query, key, value, query_temperature, value_temperature))
-    bias = query.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
-    return q, k, v, q_tau, v_tau, bias
+    *rest: Any,
+) -> list[Tensor]:
+    *_, sinks, slopes, bias_needs_grad = rest
+    bias = attn_mask if bias_needs_grad else None
+    given = (query, key, value, query_temperature, value_temperature, bias, sinks, slopes)
+    return [query.new_empty(0) if x is None else torch.empty_like(x) for x in given]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, attn_mask, seed = inputs[:7]
-    ctx.numbers = inputs[7:]
-    ctx.save_for_backward(*tensors, output, attn_mask, seed)
+    ctx.numbers = inputs[7:-2]
+    ctx.save_for_backward(*tensors, output, attn_mask, seed, *inputs[-2:])
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    wants_bias = ctx.needs_input_grad[5]
-    *found, by_bias = _backward(upstream, *ctx.saved_tensors, *ctx.numbers, wants_bias)
-    return *found, by_bias if wants_bias else None, *(None for _ in range(6))
+    *tensors, sinks, slopes = ctx.saved_tensors
+    found = _backward(upstream, *tensors, *ctx.numbers, sinks, slopes, ctx.needs_input_grad[5])
+    needs = (*ctx.needs_input_grad[:6], *ctx.needs_input_grad[-2:])
+    given = [by if needed else None for by, needed in zip(found, needs, strict=True)]
+    return *given[:6], *(None for _ in range(6)), *given[6:]
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

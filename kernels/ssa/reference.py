@@ -71,6 +71,9 @@ def ssa_attention(
     enable_gqa: bool = False,
     window: int | None = None,
     softcap: float | None = None,
+    *,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention with an inverse temperature per query and one per value (SSA, arXiv 2411.12892).
 
@@ -91,6 +94,8 @@ def ssa_attention(
         enable_gqa: allow Hkv < H; KV head g serves the query heads of its group of H / Hkv.
         window: with ``is_causal``, key j is visible to query i iff also i - j < window.
         softcap: bounds the logits, after the temperature and before bias and mask.
+        sinks: ``[H]``, as in ``attention``.
+        alibi_slopes: ``[H]``, as in ``attention``; not scaled.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``query``, differentiable in every float input.
@@ -110,6 +115,8 @@ def ssa_attention(
         enable_gqa,
         window,
         softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
 
 

@@ -19,6 +19,8 @@ def symmetric_attention(
     window: int | None,
     softcap: float | None,
     mask_self: bool,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
     """Compute what the operator computes; dropout draws other numbers."""
     return reference.symmetric_attention(
@@ -33,4 +35,6 @@ def symmetric_attention(
         window,
         softcap=softcap,
         mask_self=mask_self,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )

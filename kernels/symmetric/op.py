@@ -34,19 +34,32 @@ def symmetric_attention(
     *,
     softcap: float | None = None,
     mask_self: bool = False,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Compute ``reference.symmetric_attention`` on generated kernels, or in strips; with a closed-form backward."""
-    check_symmetric(shared, value, pair, attn_mask, dropout_p, is_causal, enable_gqa, window=window, softcap=softcap)
+    check_symmetric(
+        shared,
+        value,
+        pair,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        enable_gqa,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     factor = shared.shape[-1] ** -0.5 if scale is None else scale
     seed = strips.draw_seed(shared, dropout_p)
     if generated(shared, value, "queries do not see themselves" if mask_self else None):
         from attnrewrite.kernels.dense.symmetric_op import symmetric_kernels  # defines an operator
 
-        how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p)
+        how = strips.Options(factor, is_causal, window, softcap, dropout_p=dropout_p, sinks=sinks, slopes=alibi_slopes)
         return symmetric_kernels(shared, value, pair, attn_mask, seed, how)
-    out: Tensor = _forward(
-        shared, value, pair, attn_mask, seed, factor, dropout_p, is_causal, window, softcap, mask_self
-    )
+    numbers = (factor, dropout_p, is_causal, window, softcap, mask_self)
+    out: Tensor = _forward(shared, value, pair, attn_mask, seed, *numbers, sinks, alibi_slopes)
     return out
 
 
@@ -66,8 +79,10 @@ def _forward(
     window: int | None,
     softcap: float | None,
     mask_self: bool,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
 ) -> Tensor:
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, mask_self)
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, mask_self, sinks, alibi_slopes)
     query = shared if pair is None else pairwise_query(shared, pair)
     with full_precision(shared.device):
         return strips.forward(query, shared, value, attn_mask, how)
@@ -94,10 +109,12 @@ def _backward(
     window: int | None,
     softcap: float | None,
     mask_self: bool,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients by shared, value, pair and bias; empty ones for those that there are not."""
-    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, mask_self)
+) -> list[Tensor]:
+    """Return the gradients by shared, value, pair, bias, sinks and slopes; empty ones for those that there are not."""
+    how = strips.options(seed, scale, dropout_p, is_causal, window, softcap, mask_self, sinks, alibi_slopes)
     query = shared if pair is None else pairwise_query(shared, pair)
     with full_precision(shared.device):
         found = strips.backward(upstream, query, shared, value, out, attn_mask, how, bias_needs_grad)
@@ -106,8 +123,8 @@ def _backward(
         else:
             by_query, by_pair = through_pair(found.query, shared, pair)
             by_shared = by_query + found.key
-    bias = shared.new_empty(0) if found.bias is None or attn_mask is None else found.bias.to(attn_mask.dtype)
-    return by_shared.to(shared.dtype), found.value.to(value.dtype), by_pair, bias
+    added = strips.as_given((found.bias, found.sinks, found.slopes), (attn_mask, sinks, alibi_slopes), shared)
+    return [by_shared.to(shared.dtype), found.value.to(value.dtype), by_pair, *added]
 
 
 @_backward.register_fake
@@ -118,31 +135,24 @@ def _(
     pair: Tensor | None,
     out: Tensor,
     attn_mask: Tensor | None,
-    *rest: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    by_pair = shared.new_empty(0) if pair is None else torch.empty_like(pair)
-    bias = shared.new_empty(0) if attn_mask is None or not rest[-1] else torch.empty_like(attn_mask)
-    return torch.empty_like(shared), torch.empty_like(value), by_pair, bias
+    *rest: Any,
+) -> list[Tensor]:
+    *_, sinks, slopes, bias_needs_grad = rest
+    given = (shared, value, pair, attn_mask if bias_needs_grad else None, sinks, slopes)
+    return [shared.new_empty(0) if x is None else torch.empty_like(x) for x in given]
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    shared, value, pair, attn_mask, seed, *ctx.numbers = inputs
-    ctx.save_for_backward(shared, value, pair, output, attn_mask, seed)
+    shared, value, pair, attn_mask, seed, *ctx.numbers = inputs[:-2]
+    ctx.save_for_backward(shared, value, pair, output, attn_mask, seed, *inputs[-2:])
 
 
 def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    shared, value, pair, out, attn_mask, seed = ctx.saved_tensors
-    wants_bias = ctx.needs_input_grad[3]
-    by_shared, by_value, by_pair, by_bias = _backward(
-        upstream, shared, value, pair, out, attn_mask, seed, *ctx.numbers, wants_bias
-    )
-    return (
-        by_shared,
-        by_value,
-        None if pair is None else by_pair,
-        by_bias if wants_bias else None,
-        *(None for _ in range(7)),
-    )
+    *tensors, sinks, slopes = ctx.saved_tensors
+    found = _backward(upstream, *tensors, *ctx.numbers, sinks, slopes, ctx.needs_input_grad[3])
+    needs = (*ctx.needs_input_grad[:4], *ctx.needs_input_grad[-2:])
+    given = [by if needed else None for by, needed in zip(found, needs, strict=True)]
+    return *given[:4], *(None for _ in range(7)), *given[4:]
 
 
 _forward.register_autograd(_differentiate, setup_context=_remember)

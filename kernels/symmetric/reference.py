@@ -26,6 +26,8 @@ def symmetric_attention(
     *,
     softcap: float | None = None,
     mask_self: bool = False,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """Attention whose queries and keys are one tensor r, or r with a matrix per head between them (arXiv 2406.06366).
 
@@ -46,6 +48,8 @@ def symmetric_attention(
         window: with ``is_causal``, key j is visible to query i iff also i - j < window.
         softcap: bounds the logits before bias and mask.
         mask_self: a token attends to itself only where it sees no other.
+        sinks: ``[H]``, as in ``attention``.
+        alibi_slopes: ``[H]``, as in ``attention``.
 
     Returns:
         ``[B, H, L, Dv]`` in the dtype of ``shared``, differentiable in every float input.
@@ -53,14 +57,26 @@ def symmetric_attention(
     Raises:
         LoweringError: AR402, arguments that do not fit together.
     """
-    check_symmetric(shared, value, pair, attn_mask, dropout_p, is_causal, enable_gqa, window=window, softcap=softcap)
+    check_symmetric(
+        shared,
+        value,
+        pair,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        enable_gqa,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
+    )
     query, L = shared if pair is None else pairwise_query(shared, pair), shared.shape[2]
     seen = visible(L, L, is_causal=is_causal, window=window, attn_mask=attn_mask, device=shared.device)
     with full_precision(shared.device):
-        logits = attention_logits(query, shared, attn_mask, scale=scale, softcap=softcap)
+        logits = attention_logits(query, shared, attn_mask, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
         if mask_self:
             logits = torch.where(torch.eye(L, dtype=torch.bool, device=logits.device), SELF, logits)
-        return weighted_values(masked_softmax(logits, seen), value, dropout_p).to(shared.dtype)
+        return weighted_values(masked_softmax(logits, seen, sinks), value, dropout_p).to(shared.dtype)
 
 
 def pairwise_query(shared: Tensor, pair: Tensor) -> Tensor:
@@ -100,6 +116,8 @@ def check_symmetric(
     *,
     window: int | None,
     softcap: float | None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
     """Raise AR402 unless the arguments of symmetric attention fit together."""
     check_attention(shared, shared, value)
@@ -116,6 +134,8 @@ def check_symmetric(
         enable_gqa=enable_gqa,
         window=window,
         softcap=softcap,
+        sinks=sinks,
+        alibi_slopes=alibi_slopes,
     )
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, narrow, scored, survives, tile
+from attnrewrite.kernels.templates.scores import LOG2E, apart, bent, narrow, scored, survives, tile
 
 
 @triton.jit
@@ -17,6 +17,7 @@ def attention_backward_queries(
     DQuery,  # [B, H, L, D]
     DQueryTau,  # [B, H, L]
     DBias,  # [B, H, L, S]
+    DSlopes,  # [B, H, L], of each row
     QueryTau,  # [B, H, L]
     ValueTau,  # [B, Hkv, S]
     Mask,  # [B, H, L, S], any stride may be 0
@@ -73,12 +74,13 @@ def attention_backward_queries(
     SKIPS: tl.constexpr,  # whether Live says what to visit of the keys that every row sees
     TEMPERATURES: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
+    SLOPE_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write dq, and the gradients by the query temperatures and the bias."""
+    """Write dq, and the gradients by the query temperatures, the bias and the slopes."""
     ADDED: tl.constexpr = SOFTCAP or ALIBI or PENALTY or MASK == "bias"
     pid = tl.program_id(0)
     blocks = tl.cdiv(L, BLOCK_M)
@@ -142,6 +144,7 @@ def attention_backward_queries(
         all_high = tl.maximum(all_low, all_high)
 
     dq = tl.zeros([BLOCK_M, PAD_D], tl.float32)
+    by_slope = tl.zeros([BLOCK_M], tl.float32)
     for PART in tl.static_range(3):
         if PART == 1 or PART == 2 or WINDOW:
             if PART == 0:  # the edge of the window
@@ -209,12 +212,17 @@ def attention_backward_queries(
                 ds = p * (dp - delta[:, None])
                 if BIAS_GRADIENT:
                     tl.store(DBias + (row_of + i) * S + j, ds, mask=(i < L) & (j < S))
+                if SLOPE_GRADIENT:
+                    far = apart(i, j, offset, CAUSAL)
+                    by_slope -= tl.sum(ds * far, 1)
                 if SOFTCAP:
                     t = bent(product, scale, softcap)
                     ds = ds * (1 - t * t)
                 ds = narrow(ds, K, UPCAST)
                 dq += tl.dot(ds, k, input_precision=PRECISION)
 
+    if SLOPE_GRADIENT:
+        tl.store(DSlopes + row_of + rows, by_slope, mask=rows < L)
     dq = dq * scale
     if TEMPERATURES:
         tl.store(DQueryTau + row_of + rows, tl.sum(dq * bare, 1), mask=rows < L)

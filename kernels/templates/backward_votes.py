@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from attnrewrite.kernels.templates.scores import LOG2E, bent, narrow, scored, tile
+from attnrewrite.kernels.templates.scores import LOG2E, apart, bent, narrow, scored, tile
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def selective_backward_votes(
     DEarlier,  # [B, S], written: gradient by the votes that they had received before the first
     DSelected,  # [B, S, D], written: what the votes add to the gradient of the keys
     DStrength,  # [B, S], written: the gradient by the strength, key by key
+    DSlopes,  # [B, S], written: the gradient by the slope of the selection head, key by key
     Mask,  # [B, L, S], any stride may be 0
     Strength,  # of the penalty, one number
     Protected,  # [B, S], keys on which nobody may vote
@@ -51,6 +52,7 @@ def selective_backward_votes(
     ALIBI: tl.constexpr,
     PLACED: tl.constexpr,  # whether the position is what offset would be
     BIAS_GRADIENT: tl.constexpr,
+    SLOPE_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
     SUM_PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
@@ -100,6 +102,7 @@ def selective_backward_votes(
     later = tl.load(Later + b * S + cols, mask=cols < S, other=0.0)
     below = tl.zeros([BLOCK_N], tl.float32)  # gradients by the logits, summed over the rows below
     by_strength = tl.zeros([BLOCK_N], tl.float32)
+    by_slope = tl.zeros([BLOCK_N], tl.float32)
     dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
     for step in tl.range(0, steps):
         first_row = low + (steps - 1 - step) * BLOCK_M
@@ -150,6 +153,9 @@ def selective_backward_votes(
         if BIAS_GRADIENT:
             at = i.to(tl.int64) * S + j
             tl.store(DBias + at, tl.load(DBias + at, mask=inside, other=0.0) + dz, mask=inside)
+        if SLOPE_GRADIENT:
+            far = apart(i, j, offset, CAUSAL)
+            by_slope -= tl.sum(dz * far, 0)
         dz = dz * scale
         if SOFTCAP:
             t = bent(product, scale, softcap)
@@ -158,6 +164,8 @@ def selective_backward_votes(
         tl.store(DVotes + pair, dz, mask=inside)
         dk += tl.dot(tl.trans(dz), q, input_precision=PRECISION)
 
+    if SLOPE_GRADIENT:
+        tl.store(DSlopes + b * S + cols, by_slope, mask=cols < S)
     column = (b * S + cols)[:, None]
     tl.store(DSelected + column * D + d[None, :], dk, mask=(cols[:, None] < S) & (d[None, :] < D))
     tl.store(DEarlier + b * S + cols, later - strength * below, mask=cols < S)

@@ -43,7 +43,8 @@ def scored(
     elif ALIBI or PENALTY or MASK == "bias":
         s = s * (scale * LOG2E)
     if ALIBI:
-        s += (cols - rows - offset) * (slope * LOG2E)
+        away = apart(rows, cols, offset, CAUSAL)
+        s -= away * (slope * LOG2E)
     if PENALTY:
         taken = tl.load(Penalty + rows.to(tl.int64) * stride_pm + cols, mask=(rows < L) & (cols < S), other=0.0)
         s -= strength * taken.to(tl.float32)
@@ -65,6 +66,15 @@ def scored(
         if WINDOW:
             s = tl.where(cols > rows + offset - window, s, float("-inf"))
     return s
+
+
+@triton.jit
+def apart(rows, cols, offset, CAUSAL: tl.constexpr):
+    """Return how far key and query of a visible pair lie apart."""
+    between = rows + offset - cols
+    if not CAUSAL:
+        between = tl.abs(between)
+    return between.to(tl.float32)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """attention_backward_queries, specialised by attnrewrite from its template backward_queries.py.
 
 ALIBI = False, BIAS_GRADIENT = False, CAUSAL = True, D = 64, DROPOUT = True, DV = 64, GROUP = 1, MASK = 'none', PAD_D =
-64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = True, TEMPERATURES = False, UPCAST =
-False, WINDOW = False
+64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SLOPE_GRADIENT = False, SOFTCAP = True,
+TEMPERATURES = False, UPCAST = False, WINDOW = False
 
 Digest dd6d197aa943a4efca39966daf805199d43076851a18808de900e9777cbc2db1.
 """
@@ -50,7 +50,7 @@ def attention_backward_queries(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write dq, and the gradients by the query temperatures and the bias."""
+    """Write dq, and the gradients by the query temperatures, the bias and the slopes."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(L, BLOCK_M)
     bh = pid // blocks
@@ -141,7 +141,6 @@ def attention_backward_queries(
         ds = ds * (1 - t * t)
         ds = ds.to(K.dtype.element_ty)
         dq += tl.dot(ds, k, input_precision='ieee')
-
     dq = dq * scale
     dq = dq.to(DQuery.dtype.element_ty)
     tl.store(DQuery + (row_of + i) * 64 + d[None, :], dq, mask=(i < L) & (d[None, :] < 64))

@@ -68,18 +68,20 @@ def cases(name: str, L: int) -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     for mask, (causal, window) in itertools.product(draw.masks(), VISIBLE):
         q, k, v = draw.query(), draw.key(), draw.value()
+        none, added = (None, None), (draw(H), draw(H).abs())  # sinks and slopes
+        how = (mask, None, 0.5, 0.0, causal, window)
         match name.split(".")[1]:
             case "selective_attention":
                 gamma = torch.tensor(0.7, dtype=torch.float64)
-                for cap, first in ((None, True), (2.0, False)):
-                    found.append((q, k, v, gamma, mask, None, 0.5, 0.0, causal, window, cap, 1, first))
+                for cap, first, more in ((None, True, none), (2.0, False, added)):
+                    found.append((q, k, v, gamma, *how, cap, 1, first, None, None, *more))
             case "ssa_attention":
                 warmth = (draw(B, H, L), draw(B, HKV, L))
-                found += [(q, k, v, *warmth, mask, None, 0.5, 0.0, causal, window, cap) for cap in (None, 2.0)]
+                found += [(q, k, v, *warmth, *how, cap, *more) for cap, more in ((None, none), (2.0, added))]
             case "symmetric_attention":
-                found.append((k, v, draw(H, D, D), mask, None, 0.5, 0.0, causal, window, 2.0, True))
+                found.append((k, v, draw(H, D, D), *how, 2.0, True, *added))
                 if mask is None or mask.shape[1] == 1:
-                    found.append((k, v, None, mask, None, 0.5, 0.0, causal, window, None, False))
+                    found.append((k, v, None, *how, None, False, *none))
             case "routing_attention":
                 found += _routing(draw, (q, k, v), mask, causal, window)
             case "sea_attention":
@@ -223,8 +225,8 @@ def tensors(name: str, L: int) -> tuple[Tensor, ...]:
 
 ONE = {
     "attnrewrite.selective_attention.default": [(None, 0.5, 0.0, True, None, None, 1, True)],
-    "attnrewrite.ssa_attention.default": [(None, 0.5, 0.0, True, None, None)],
-    "attnrewrite.symmetric_attention.default": [(None, 0.5, 0.0, False, None, None, True)],
+    "attnrewrite.ssa_attention.default": [(None, 0.5, 0.0, True, None, None, None, None)],
+    "attnrewrite.symmetric_attention.default": [(None, 0.5, 0.0, False, None, None, True, None, None)],
     "attnrewrite.routing_attention.default": [
         (*[None] * 7, "argmax_window", 3, False, "raw", True, None, None, False),
         (*[None] * 7, "topw", None, False, "normed", False, None, None, False),

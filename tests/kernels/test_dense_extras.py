@@ -1,4 +1,4 @@
-"""ALiBi, sinks and tensor descriptors, for which no operator asks yet; and kernels that do not fit the device."""
+"""ALiBi, sinks and tensor descriptors at the kernels themselves; and kernels that do not fit the device."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_alibi(tensors):
     slopes = torch.tensor([0.5, 0.25])
     lag = torch.arange(70) - torch.arange(70).unsqueeze(-1)  # [L, S], j - i
     true = exact(*tensors, lambda logits: torch.softmax(logits + slopes.double().view(1, 2, 1, 1) * lag, -1))
-    ours, _ = found(Call(query, key, value, Options(0.25, True), slopes=slopes), upstream)
+    ours, _ = found(Call(query, key, value, Options(0.25, True, slopes=slopes)), upstream)
     for a, b in zip(ours, true, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-5)
 
@@ -48,7 +48,7 @@ def test_sinks_take_weight_from_every_row(tensors):
     sinks = torch.tensor([1.0, -0.5])
     column = sinks.double().view(1, 2, 1, 1).expand(1, 2, 70, 1)
     true = exact(*tensors, lambda logits: torch.softmax(torch.cat((logits, column), -1), -1)[..., :-1])
-    ours, lse = found(Call(query, key, value, Options(0.25, True), sinks=sinks), upstream)
+    ours, lse = found(Call(query, key, value, Options(0.25, True, sinks=sinks)), upstream)
     for a, b in zip(ours, true, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-5)
     hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)

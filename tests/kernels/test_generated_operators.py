@@ -24,14 +24,15 @@ def test_opcheck(tensors):
     operators = torch.ops.attnrewrite
     mask = torch.rand(20, 20) > 0.5
     numbers = (0.25, 0.0, True, None, None)
-    torch.library.opcheck(operators.dense_attention.default, (*tensors, mask, None, None, None, *numbers))
+    added = drawn(2, seed=4), torch.tensor([0.5, 0.25])
+    torch.library.opcheck(operators.dense_attention.default, (*tensors, mask, None, None, *added, None, *numbers))
     votes, protected = torch.rand(1, 20).requires_grad_(), torch.zeros(1, 20, dtype=torch.bool)
     before = (*tensors, torch.tensor(0.5, requires_grad=True), votes)
-    behind = (protected, None, None, *numbers, 0, 0, 1)
+    behind = (*added, protected, None, None, *numbers, 0, 0, 1)
     for voters in ((None, None, None), (drawn(20, 20), drawn(1, 20, 8), drawn(1, 20, 8, seed=1))):
         torch.library.opcheck(operators.selective_kernels.default, (*before, *voters, *behind))
     pair = drawn(2, 16, 16)
-    torch.library.opcheck(operators.symmetric_kernels.default, (*tensors[:2], pair, None, None, *numbers))
+    torch.library.opcheck(operators.symmetric_kernels.default, (*tensors[:2], pair, None, *added, None, *numbers))
 
 
 def outputs(function, learn, upstream):

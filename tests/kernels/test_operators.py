@@ -29,8 +29,8 @@ def run(name, *given, **options):
 
 NUMBERS = {
     "selective": (0.5, 0.0, True, None, 2.0, 1, True),
-    "ssa": (0.5, 0.0, True, 3, None),
-    "symmetric": (0.5, 0.0, True, None, None, True),
+    "ssa": (0.5, 0.0, True, 3, None, None, None),
+    "symmetric": (0.5, 0.0, True, None, None, True, None, None),
 }
 
 

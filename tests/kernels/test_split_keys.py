@@ -66,7 +66,7 @@ def test_temperatures(assert_no_worse):
 def test_the_log_sum_exp_and_sinks():
     tensors = drawn(2, 600, Hkv=4)
     sinks = torch.tensor([1.0, -1.0, 0.0, 3.0])
-    out, lse = few_queries.decode(Call(**tensors, how=Options(0.25), sinks=sinks))
+    out, lse = few_queries.decode(Call(**tensors, how=Options(0.25, sinks=sinks)))
     logits = tensors["query"].double() @ tensors["key"].double().mT / 4
     logits = torch.cat((logits, sinks.double().view(1, 4, 1, 1).expand(2, 4, 2, 1)), -1)
     assert torch.allclose(lse.double(), logits.logsumexp(-1) / torch.log(torch.tensor(2.0)), atol=1e-5)

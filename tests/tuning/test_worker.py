@@ -29,6 +29,8 @@ RECIPES = {
     "mask of pairs": dataclasses.replace(SMALL, mask=(40, 40)),
     "bias": dataclasses.replace(SMALL, mask=(1, 2, 40, 40), bias=True, bias_gradient=True),
     "window and cap": dataclasses.replace(SMALL, window=9, softcap=5.0),
+    "sinks and slopes": dataclasses.replace(SMALL, sinks=True, slopes=True, slope_gradient=True),
+    "slopes without a gradient": dataclasses.replace(SMALL, kind="selective", slopes=True),
     "step": dataclasses.replace(SMALL, L=1, S=300, offset=299, learns=False),
     "selective": dataclasses.replace(SMALL, kind="selective"),
     "selective step": dataclasses.replace(SMALL, kind="selective", L=1, S=70, offset=69, learns=False),
