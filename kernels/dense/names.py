@@ -31,14 +31,14 @@ def kernel_names(operator: str, values: Sequence[Any], *, learns: bool) -> list[
 
 def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[str, dict[str, Flag]]]:
     if operator == OPERATORS[0]:
-        query, key, value, mask, tau, rho, sinks, slopes, _, *numbers = values
-        how = options(*numbers, sinks=sinks, alibi_slopes=slopes)
+        query, key, value, mask, tau, rho, sinks, slopes, _, scale, dropout_p, causal, window, softcap = values
+        how = options(scale, dropout_p, causal, window, softcap, sinks, slopes)
         call = Call(query, key, value, how, mask, query_temperature=tau, value_temperature=rho)
         yield from _dense(call, call.flags(), learns)
         return
     if operator == OPERATORS[2]:
-        shared, value, pair, mask, sinks, slopes, _, *numbers = values
-        how = options(*numbers, sinks=sinks, alibi_slopes=slopes)
+        shared, value, pair, mask, sinks, slopes, _, scale, dropout_p, causal, window, softcap = values
+        how = options(scale, dropout_p, causal, window, softcap, sinks, slopes)
         call = Call(shared if pair is None else pairwise_query(shared, pair), shared, value, how, mask)
         forward = {**call.flags(), "PAIR": paired(shared, value, pair, mask, None, how, on_chip=True).pair is not None}
         yield from _dense(call, forward, learns=False)
@@ -48,8 +48,8 @@ def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[
             yield from ((name, call.flags()) for name in BACKWARD)
         return
     query, key, value, gamma, votes, mask, vote_query, vote_key, sinks, slopes, protected, *rest = values
-    position, _, *numbers, offset, head, _ = rest
-    how = options(*numbers, sinks=sinks, alibi_slopes=slopes, offset=offset)
+    position, _, scale, dropout_p, causal, window, softcap, offset, head, _ = rest
+    how = options(scale, dropout_p, causal, window, softcap, sinks, slopes, offset)
     call = Call(query, key, value, how, mask, strength=gamma)
     who = Selection(head, protected, votes, position, selector(vote_query, vote_key))
     flags = {**call.flags(), "PLACED": position is not None}
