@@ -6,7 +6,6 @@ On a GPU where there is one, else in triton's interpreter.
 from __future__ import annotations
 
 import torch
-from oracle import assert_no_worse, is_only_rounding
 
 from attnrewrite.functional import attention, selective_attention, ssa_attention
 from attnrewrite.kernels.dense.choice import kernels
@@ -84,30 +83,43 @@ def widened(tensors):
     }
 
 
-def compare(tensors, **how):
-    for name, a, b, c in _three(tensors, how):
-        if is_only_rounding(c):  # of products of size 1: ordinary PyTorch may be exact here by luck
-            assert (a - c).abs().max() < 32 * torch.finfo(a.dtype).eps, name
-        elif c.dim():
-            assert_no_worse(a, b, c, name, largest=False)
-        else:  # one number: a sum over all pairs, of which the rounding errors may cancel in one of the two
-            dtype = tensors["query"].dtype
-            least = (32 if dtype == torch.float32 else 8) * torch.finfo(dtype).eps
-            assert (a - c).abs() <= max(2 * (b - c).abs(), least * max(1.0, float(c.abs()))), name
+def compare(tensors, draws=8, **how):
+    """Check the bar for the output and every gradient.
+
+    One draw says little about a gradient that is a sum over all pairs, or about products of size 1, where ordinary
+    PyTorch may be exact by luck. What misses the bar in the first draw is decided by the root mean square over that
+    draw and others, and ours may be off by a rounding step, for one number by several.
+    """
+    first = {name: three for name, *three in _three(tensors, how)}
+    doubtful = {name: [three] for name, three in first.items() if _misses(*three)}
+    for seed in range(1, draws) if doubtful else ():
+        for name, *three in _three(shuffled(tensors, seed), how):
+            if name in doubtful:
+                doubtful[name].append(three)
+    for name, threes in doubtful.items():
+        off, bar = (torch.cat([(x[n].double() - x[2]).flatten() for x in threes]).norm() for n in (0, 1))
+        size = torch.cat([x[2].abs().clamp(min=1.0).flatten() for x in threes]).norm()
+        dtype, number = tensors["query"].dtype, threes[0][2].dim() == 0
+        # One number is a sum over all pairs, of which the rounding errors may cancel in one of the two.
+        steps = (32 if dtype == torch.float32 else 8) if number else 1
+        step = steps * torch.finfo(dtype).eps * size
+        assert off <= max(2 * bar, step), f"{name}: error {off:.2e}, ordinary {bar:.2e} over {draws} draws"
 
 
-def compare_draws(draw, draws=6, **how):
-    """Compare root mean squares over several draws: gradients of a few numbers are sums whose errors may cancel."""
-    errors = {}
-    for seed in range(draws):
-        for name, a, b, c in _three(draw(seed), how):
-            ours_, ordinary = errors.setdefault(name, ([], []))
-            ours_.append((a - c).flatten())
-            ordinary.append((b - c).flatten())
-    for name, pair in errors.items():
-        off, bar = (torch.cat(x) for x in pair)
-        step = torch.finfo(draw(0)["query"].dtype).eps * off.numel() ** 0.5  # one, of numbers of size 1
-        assert off.norm() <= max(2 * bar.norm(), step), f"{name}: error {off.norm():.2e}, ordinary {bar.norm():.2e}"
+def _misses(found, ordinary, true):
+    return (found.double() - true).norm() > 2 * (ordinary.double() - true).norm()
+
+
+def shuffled(tensors, seed):
+    """Another draw of the same numbers: every tensor of several numbers has them in another order; masks stay."""
+
+    def other(x):
+        if not x.is_floating_point():
+            return x
+        order = torch.randperm(x.numel(), generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(x.device)
+        return x.detach().flatten()[order].view_as(x).requires_grad_(x.requires_grad)
+
+    return {name: other(x) for name, x in tensors.items()}
 
 
 def _three(tensors, how):
@@ -120,7 +132,7 @@ def _three(tensors, how):
         found = outputs(ours, tensors, upstream, how)
     names = ["out", *(n for n, x in tensors.items() if x.requires_grad)]
     for name, a, b, c in zip(names, found, ordinary, true, strict=True):
-        assert a.dtype == b.dtype
+        assert a.dtype == b.dtype, name
         yield name, a, b, c
 
 

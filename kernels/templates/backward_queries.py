@@ -203,13 +203,15 @@ def attention_backward_queries(
                 )
                 p = tl.exp2(s - lse[:, None]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[:, None])
                 dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-                if TEMPERATURES:
-                    rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)
-                    dp = dp * rho.to(tl.float32)[None, :]
                 if DROPOUT:
                     alive = survives(i, j, bh, Seed, threshold)
                     dp = tl.where(alive, dp * kept, 0.0)
-                ds = p * (dp - delta[:, None])
+                if TEMPERATURES:  # weights rounded as they were when they met the values: delta is made of those
+                    rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)
+                    used = narrow(p * rho.to(tl.float32)[None, :], V, UPCAST)
+                    ds = used.to(tl.float32) * dp - p * delta[:, None]
+                else:
+                    ds = p * (dp - delta[:, None])
                 if BIAS_GRADIENT:
                     tl.store(DBias + (row_of + i) * S + j, ds, mask=(i < L) & (j < S))
                 if SLOPE_GRADIENT:

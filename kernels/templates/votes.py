@@ -134,9 +134,12 @@ def selective_votes(
         may_vote = (i + offset != j) & (i < L) & free[None, :]
         votes = tl.where(may_vote & ((s > 0.0) | (s != s)), s, 0.0)  # NaN stays NaN
         penalty = received[None, :] + tl.dot(before, votes, input_precision=SUM_PRECISION)
-        # 0 where nobody looks: backward writes in the place of the pairs that it visits, and reads all.
         penalty = tl.where(penalty == float("inf"), penalty, tl.minimum(penalty, largest))
-        penalty = tl.where(s == float("-inf"), 0.0, penalty)
+        # 0 where no head looks: backward writes in the place of the pairs that it visits, and reads all.
+        if CAUSAL:
+            penalty = tl.where(j <= i + offset, penalty, 0.0)
+        if WINDOW:
+            penalty = tl.where(j > i + offset - window, penalty, 0.0)
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)

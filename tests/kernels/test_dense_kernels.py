@@ -50,6 +50,15 @@ def test_masks(kind, gamma):
     compare({**tensors, "attn_mask": mask, **more}, is_causal=True)
 
 
+@pytest.mark.parametrize("gamma", [None, 0.7])
+def test_heads_that_see_other_keys(gamma):
+    """Votes follow the selection head, and what they sum up to acts where other heads see more."""
+    hidden = torch.rand(2, 2, 40, 40, generator=torch.Generator("cpu").manual_seed(1), device="cpu") < 0.2
+    mask = torch.where(hidden.to(DEVICE), -torch.inf, normal((2, 2, 40, 40), 2)).requires_grad_()
+    more = {} if gamma is None else {"gamma": torch.tensor(gamma, requires_grad=True)}
+    compare({**drawn(40, B=2), "attn_mask": mask, **more}, is_causal=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", [CAUSAL, {"softcap": 3.0}], ids=str)
 def test_temperatures(dtype, how):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_support import CAUSAL, compare_draws, drawn, temperatures
+from dense_support import CAUSAL, compare, drawn, temperatures
 
 from attnrewrite import functional
 from attnrewrite.kernels import strips
@@ -165,11 +165,11 @@ def test_what_does_not_fit(name, sinks, slopes, said):
     assert caught.value.code == "AR402"
 
 
-def added(seed, *sizes, **more):
-    """Tensors of one draw, with sinks and slopes."""
-    tensors = drawn(*sizes, seed=seed, **more)
+def added(*sizes, **more):
+    """Tensors with sinks and slopes."""
+    tensors = drawn(*sizes, **more)
     heads, device = tensors["query"].shape[1], tensors["query"].device
-    sinks = torch.randn(heads, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    sinks = torch.randn(heads, generator=torch.Generator("cpu").manual_seed(5), device="cpu")
     slopes = 2.0 ** -torch.arange(1, heads + 1)
     return tensors | {n: x.to(device).requires_grad_() for n, x in (("sinks", sinks), ("alibi_slopes", slopes))}
 
@@ -179,34 +179,28 @@ def added(seed, *sizes, **more):
 class TestOnKernels:
     @pytest.mark.parametrize("length", [1, 63, 111, 130])
     def test_sizes(self, length):
-        compare_draws(lambda seed: added(seed, length), **CAUSAL)
+        compare(added(length), **CAUSAL)
 
     @pytest.mark.parametrize(
         "how", [{}, {"is_causal": True, "window": 20}, {"softcap": 2.0}, {"is_causal": True, "softcap": 2.0}], ids=str
     )
     def test_forms(self, how):
-        compare_draws(lambda seed: added(seed, 40, H=4, Hkv=2, Dv=24), **how)
+        compare(added(40, H=4, Hkv=2, Dv=24), **how)
 
     def test_half_precision(self):
-        compare_draws(lambda seed: added(seed, 111, dtype=torch.bfloat16), **CAUSAL)
+        compare(added(111, dtype=torch.bfloat16), **CAUSAL)
 
     def test_ssa(self):
-        def draw(seed):
-            tensors = added(seed, 63)
-            return tensors | temperatures(tensors, seed)
-
-        compare_draws(draw, **CAUSAL)
+        tensors = added(63)
+        compare(tensors | temperatures(tensors), **CAUSAL)
 
     @pytest.mark.parametrize("causal", [True, False])
     def test_selective(self, causal):
-        def draw(seed):
-            tensors = added(seed, 40, H=4, Hkv=2)
-            return tensors | {"gamma": tensors["query"].new_tensor(0.5).requires_grad_()}
-
-        compare_draws(draw, is_causal=causal)
+        tensors = added(40, H=4, Hkv=2)
+        compare(tensors | {"gamma": tensors["query"].new_tensor(0.5).requires_grad_()}, is_causal=causal)
 
     def test_few_queries(self):
-        compare_draws(lambda seed: added(seed, 5, S=300, H=4, Hkv=2))
+        compare(added(5, S=300, H=4, Hkv=2))
 
     @pytest.mark.parametrize("pairwise", [True, False])
     @pytest.mark.parametrize("causal", [True, False])
@@ -228,7 +222,7 @@ class TestOnKernels:
             assert (a - b).norm() <= 3e-6 * b.norm()
 
     def test_a_step_of_selective_attention(self):
-        tensors = {n: x.detach() for n, x in added(0, 40, H=4, Hkv=2).items()}
+        tensors = {n: x.detach() for n, x in added(40, H=4, Hkv=2).items()}
         query, key, value = (tensors[n] for n in ("query", "key", "value"))
         more = {"enable_gqa": True, "sinks": tensors["sinks"], "alibi_slopes": tensors["alibi_slopes"]}
         with functional.kernels("triton"):
