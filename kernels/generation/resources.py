@@ -24,6 +24,8 @@ class Resources:
     """Bytes of shared memory."""
     matrix: str
     """The widest matrix instruction: HMMA, HGMMA, UTCHMMA (NVIDIA), MFMA (AMD), or empty."""
+    bulk: int = 0
+    """Instructions that load a tile by its descriptor: UTMALDG."""
 
 
 def compiled(
@@ -70,8 +72,13 @@ def _nvidia(result: Any) -> Resources:
         text = _output(tools / "nvdisasm", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     found = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", text)]
-    spills = len(re.findall(r"\bSTL\b", text))
-    return Resources(int(registers[1]) if registers else 0, spills, result.metadata.shared, found[0] if found else "")
+    return Resources(
+        int(registers[1]) if registers else 0,
+        len(re.findall(r"\bSTL\b", text)),
+        result.metadata.shared,
+        found[0] if found else "",
+        len(re.findall(r"\bUTMALDG\b", text)),
+    )
 
 
 def _amd(result: Any) -> Resources:
