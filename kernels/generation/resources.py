@@ -48,11 +48,13 @@ def compiled(
 
     signature = {name: "constexpr" if name in values else types[name].split(":")[0] for name in kernel.parameters}
     # As triton itself specialises, with an empty list for what has no attribute: so a launch finds this in its cache.
-    kinds = {number: "" if name in values else types[name] for number, name in enumerate(kernel.parameters)}
+    # Constants have such a list from 3.7 on.
+    kinds = {name: "" if name in values else types[name] for name in kernel.parameters}
+    of_constants = not triton.__version__.startswith("3.6.")
     aligned = {
         (number,): [["tt.divisibility", 16]] if kind.startswith("*") or kind.endswith(":16") else []
-        for number, kind in kinds.items()
-        if not kind.startswith("fp")
+        for number, (name, kind) in enumerate(kinds.items())
+        if not kind.startswith("fp") and (of_constants or name not in values)
     }
     constants = {name: values[name] for name in kernel.parameters if name in values}
     source = ASTSource(load(kernel), signature, constants, aligned)

@@ -185,14 +185,14 @@ def attention_backward_keys(
                     if UPCAST:
                         q = q.to(tl.float32)
                         grad = grad.to(tl.float32)
-                    product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                    s = product
                     if PENALTY and DESCRIPTORS:
                         taken = tl.trans(penalties.load([first_row, first]))
                     elif PENALTY:
                         taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
                     else:
                         taken = 0.0
+                    product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    s = product
                     s = scored(
                         s,
                         i,
