@@ -58,7 +58,7 @@ def begin(state: dict[str, Any], recipe: Mapping[str, Any], kernel_name: str, de
     return {"given": dict(launch.given), "digest": launch.emitted.digest, "types": types, "values": fixed}
 
 
-def check(state: dict[str, Any], config: list[int]) -> dict[str, Any]:
+def check(state: dict[str, Any], config: list[Any]) -> dict[str, Any]:
     """Run the slice with this configuration, and compare with plain PyTorch."""
     launch, sample = state["launch"], state["slice"]
     met: list[str] = []
@@ -73,7 +73,7 @@ def check(state: dict[str, Any], config: list[int]) -> dict[str, Any]:
     return {"status": "ok" if all(error <= tolerance for error in errors) else "wrong", "error": max(errors)}
 
 
-def run(state: dict[str, Any], config: list[int]) -> dict[str, Any]:
+def run(state: dict[str, Any], config: list[Any]) -> dict[str, Any]:
     """Answer with the seconds of one run."""
     chosen = Config(*config)
     if chosen not in state["runs"]:
@@ -88,7 +88,7 @@ def compile_(
     types: Mapping[str, str],
     values: Mapping[str, int],
     target: str,
-    config: list[int],
+    config: list[Any],
 ) -> dict[str, Any]:
     """Compile ahead of time, into triton's cache; answer with what a program uses."""
     from attnrewrite.kernels.generation.resources import compiled
