@@ -166,9 +166,8 @@ def attention_backward_keys(
                     rows = first_row + m
                     i = rows[None, :]
                     if DESCRIPTORS:
-                        head = tl.cast(h, tl.int32)
-                        q = queries.load([head, first_row, 0]).reshape(BLOCK_M, PAD_D)
-                        grad = gradients.load([head, first_row, 0]).reshape(BLOCK_M, PAD_DV)
+                        q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_D)
+                        grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_DV)
                     else:
                         place = tl.cast(first_row, tl.int64)
                         Q_tile = Q_head + place * stride_qm

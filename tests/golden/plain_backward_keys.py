@@ -4,7 +4,7 @@ ALIBI = False, CAUSAL = False, D = 80, DROPOUT = False, DV = 80, GROUP = 1, MASK
 PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST = False, WINDOW =
 False
 
-Digest ff84ffbab53d4d2459420179e92159dc62589d778dec5a279e52214173f0d623.
+Digest 44faabbd85acb04616da441de90df7e8b9be6527c6da626daf2d8648c787762c.
 """
 
 import triton
@@ -103,9 +103,8 @@ def attention_backward_keys(
         for first_row in tl.range(start, stop, BLOCK_M):
             rows = first_row + m
             if DESCRIPTORS:
-                head = tl.cast(h, tl.int32)
-                q = queries.load([head, first_row, 0]).reshape(BLOCK_M, 128)
-                grad = gradients.load([head, first_row, 0]).reshape(BLOCK_M, 128)
+                q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+                grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
             else:
                 place = tl.cast(first_row, tl.int64)
                 Q_tile = Q_head + place * stride_qm
@@ -135,9 +134,8 @@ def attention_backward_keys(
         for first_row in tl.range(start, stop, BLOCK_M):
             rows = first_row + m
             if DESCRIPTORS:
-                head = tl.cast(h, tl.int32)
-                q = queries.load([head, first_row, 0]).reshape(BLOCK_M, 128)
-                grad = gradients.load([head, first_row, 0]).reshape(BLOCK_M, 128)
+                q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+                grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
             else:
                 place = tl.cast(first_row, tl.int64)
                 Q_tile = Q_head + place * stride_qm

@@ -37,6 +37,7 @@ def run(monkeypatch):
         monkeypatch.setattr(tuned, "configurations", configurations)
         monkeypatch.setattr(launch, "with_scratch", spy)
         upstream = normal((*tensors["query"].shape[:3], tensors["value"].shape[3]), 7)
+        torch.manual_seed(0)
         with kernels("triton"):
             return outputs(ours, tensors, upstream, how), len(met)
 
@@ -76,6 +77,10 @@ def test_lengths(run, L, gamma):
 @pytest.mark.parametrize("how", [{}, {"is_causal": True}, {"is_causal": True, "window": 20, "softcap": 2.0}], ids=str)
 def test_sizes(run, sizes, how):
     check(run, drawn(50, **sizes), **how)
+
+
+def test_dropout(run):
+    check(run, drawn(50, H=4, Hkv=2), dropout_p=0.3, **CAUSAL)
 
 
 def test_selective_attention_in_groups(run):
