@@ -17,6 +17,7 @@ from suite.usage import usage
 
 from attnrewrite.kernels.dense.catalogue import KERNELS, users
 from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.descriptors import LOADED
 from attnrewrite.kernels.generation.resources import Resources
 
 BEGIN, END = "<!-- Made by `make resources`: begin -->", "<!-- Made by `make resources`: end -->"
@@ -25,36 +26,38 @@ WIDTHS = (64, 128, 256)
 
 
 class Case(NamedTuple):
-    """One compilation: bfloat16, causal, heads of ``width`` features."""
+    """One compilation: bfloat16, causal, heads of ``width`` features, with or without tensor descriptors."""
 
     name: str
     variant: str
     width: int
     target: str
+    descriptors: bool = False
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel for every target, and the forward pass for an AMD one."""
+    """Every kernel for every target, by descriptors for one of them, and the forward pass for an AMD one."""
     for width in WIDTHS:
         for name in KERNELS:
             if name == "live" and width > WIDTHS[0]:
                 continue  # has nothing to do with features
             for variant in users(name):
                 yield from (Case(name, variant, width, target) for target in TARGETS)
+                if name in LOADED:
+                    yield Case(name, variant, width, "sm_90", descriptors=True)
         yield Case("forward", "sdpa", width, "gfx942")
 
 
 def measured(case: Case) -> tuple[Config, Resources]:
     """Compile one case."""
-    config = configs(case.name, case.width, 16)[0]
+    config = configs(case.name, case.width, 16)[0]._replace(descriptors=case.descriptors)
     return config, usage(case.name, case.variant, case.width, config, case.target)
 
 
 def row(case: Case, config: Config, used: Resources) -> str:
     """Return a line of the table."""
-    tile = f"{config.block_m} x {config.block_n}, {config.warps}, {config.stages}"
     facts = (used.registers, used.spills, f"{used.shared / 1024:.0f}", used.matrix)
-    return "| " + " | ".join(map(str, (case.name, case.variant, case.width, case.target, tile, *facts))) + " |"
+    return "| " + " | ".join(map(str, (case.name, case.variant, case.width, case.target, config, *facts))) + " |"
 
 
 HEAD = (

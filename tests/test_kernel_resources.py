@@ -37,7 +37,8 @@ def compiled(cases: list[Any]) -> list[dict[str, Any]]:
 
 
 def check(found: dict[str, Any]) -> None:
-    name, _, width, target = found["case"]
+    name, _, width, target, descriptors = found["case"]
+    assert bool(found["bulk"]) == descriptors, found  # UTMALDG
     if target == "sm_90" and (width == 64 or name in ("forward", "votes")):
         assert found["spills"] == 0, found
     if target != "sm_80":
@@ -55,9 +56,10 @@ def up_to_date(found: dict[str, Any]) -> bool:
 
 
 def test_kernels_for_hopper_do_not_spill_and_multiply_in_groups_of_warps() -> None:
+    """With tensor descriptors and without."""
     cases = [list(x) for x in script("kernel_resources").cases() if x.target == "sm_90" and x.width == 64]
     rows = compiled([x for x in cases if x[0] in QUICK and x[1] != "ssa"])
-    assert len(rows) == 5
+    assert len(rows) == 9
     for found in rows:
         check(found)
         assert found["matrix"] == "HGMMA"

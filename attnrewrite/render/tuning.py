@@ -44,7 +44,7 @@ def results_view(results: Sequence[Result]) -> RenderableType:
             table.add_row(*row)
             continue
         chosen = None if found.winner is None else found.timings.get(found.winner)
-        config = "" if found.winner is None else "{} x {}, {}, {}".format(*found.winner)
+        config = "" if found.winner is None else str(found.winner)
         ms = "" if chosen is None or chosen.median is None else f"{chosen.median:.4g}"
         numbers = (ms, str(found.compiled), str(found.timed), f"{found.seconds:.1f}")
         table.add_row(*row, config, *numbers)

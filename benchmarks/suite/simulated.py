@@ -89,14 +89,14 @@ class SimulatedGPU:
     def used(self, config: Config) -> Resources:
         """Return what a program uses: not quite what is estimated."""
         guess = estimated(self.problem.key.kernel, config, self.problem.shape)
-        wanted = round(guess.registers * math.exp(0.1 * normal(self.problem.key.source, config, "registers")))
+        wanted = round(guess.registers * math.exp(0.1 * normal(self.problem.key.source, str(config), "registers")))
         wanted += guess.spills
         return Resources(min(255, wanted), max(0, wanted - 255), guess.shared, guess.matrix)
 
     def seconds(self, config: Config) -> float:
         """Return the truth."""
         known = predict(self.problem.key.kernel, config, self.problem.shape, self.used(config), H200, TRUE_RATES)
-        return known * math.exp(self.sigma * normal(self.problem.key.source, config, "time"))
+        return known * math.exp(self.sigma * normal(self.problem.key.source, str(config), "time"))
 
     def best(self) -> float:
         """Return the truth about the best one: what a search that tries everything would find."""

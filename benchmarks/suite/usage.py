@@ -19,7 +19,7 @@ from attnrewrite.kernels.generation.resources import Resources, compiled
 def usage(name: str, variant: str, width: int, config: Config, target: str, causal: bool = True) -> Resources:
     """Compile kernel ``name`` for heads of ``width`` features, in bfloat16."""
     made = kernel(name, flags(width, width, used(name, variant, causal=causal)))
-    values = constants(made, {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_LIST": BLOCK_LIST})
+    values = constants(made, {**config.constants, "BLOCK_LIST": BLOCK_LIST})
     return compiled(made, types(made, "bf16"), values, target, warps=config.warps, stages=config.stages)
 
 

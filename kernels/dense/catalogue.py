@@ -77,7 +77,6 @@ _OFF: dict[str, Flag] = {
     "SKIPS": False,
     "PAIR": False,
     "TEMPERATURES": False,
-    "DESCRIPTORS": False,
     "BIAS_GRADIENT": False,
     "SLOPE_GRADIENT": False,
     "PRECISION": "ieee",

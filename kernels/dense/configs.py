@@ -7,17 +7,26 @@ from typing import Any, NamedTuple
 
 
 class Config(NamedTuple):
-    """Rows and keys per tile, warps per program, and stages of software pipelining."""
+    """Rows and keys per tile, warps per program, stages of software pipelining, and whether tiles come by TMA."""
 
     block_m: int
     block_n: int
     warps: int = 4
     stages: int = 2
+    descriptors: bool = False
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """What a kernel is compiled for: its parameters that are no flags."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "DESCRIPTORS": self.descriptors}
 
     @classmethod
     def stored(cls, fields: Iterable[tuple[str, Any]]) -> Config:
         """Return what a tuning record says, which was found valid."""
         return cls(**dict(fields))
+
+    def __str__(self) -> str:
+        return f"{self.block_m} x {self.block_n}, {self.warps}, {self.stages}{', TMA' if self.descriptors else ''}"
 
 
 _SMALLEST = Config(16, 16, 4, 1)

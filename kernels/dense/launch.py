@@ -16,6 +16,7 @@ from attnrewrite.kernels.dense import tuned
 from attnrewrite.kernels.dense.call import Call, chosen, named
 from attnrewrite.kernels.dense.catalogue import kernel
 from attnrewrite.kernels.dense.configs import Config
+from attnrewrite.kernels.dense.descriptors import can_describe, with_scratch
 from attnrewrite.kernels.generation.emit import Emitted, Flag
 from attnrewrite.kernels.generation.loading import load
 
@@ -129,14 +130,19 @@ class Launch:
     def whole(self, config: Config) -> dict[str, Any]:
         """Return every argument."""
         own = {} if self.prepare is None else self.prepare(config)
-        blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-        return chosen(self.emitted.parameters, {**self.arguments, **own, **blocks})
+        return chosen(self.emitted.parameters, {**self.arguments, **own, **config.constants})
 
     def __call__(self, config: Config) -> None:
         """Run it, unless there is nothing to do. Raises what ``cannot_run`` lists."""
         programs = self.programs(config)
-        if programs:
-            load(self.emitted)[(programs,)](**self.whole(config), num_warps=config.warps, num_stages=config.stages)
+        if not programs:
+            return
+        how = {"num_warps": config.warps, "num_stages": config.stages}
+        start = partial(load(self.emitted)[(programs,)], **self.whole(config), **how)
+        if config.descriptors:
+            with_scratch(start, self.call.query.device)
+        else:
+            start()
 
 
 def run(
@@ -161,7 +167,7 @@ def first_that_runs(launch: Launch) -> None:
     """Run a launch in the first of its configurations that the device can run."""
     failure: Exception | None = None
     for config in tuned.configurations(launch):
-        if (launch.emitted, config) in _FAILED:
+        if (launch.emitted, config) in _FAILED or (config.descriptors and not can_describe(launch)):
             continue
         try:
             launch(config)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from attnrewrite.kernels.generation.emit import TUNED
+
 _POINTERS = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -23,7 +25,8 @@ _INT32 = 1 << 31
 def specialised(arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, int]]:
     """Return the type of each argument, and the values of those that become part of the kernel.
 
-    A number that can be divided by 16 is of type "i32:16"; that it is 1 becomes part of the kernel, as do blocks.
+    A number that can be divided by 16 is of type "i32:16"; that it is 1 becomes part of the kernel, as do
+    parameters that are tuned.
     """
     types: dict[str, str] = {}
     values: dict[str, int] = {}
@@ -32,7 +35,7 @@ def specialised(arguments: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
             types[name] = f"*{_POINTERS[value.dtype]}"
         elif isinstance(value, float):
             types[name] = "fp32"
-        elif name.startswith("BLOCK_") or value == 1:
+        elif name.startswith(TUNED) or value == 1:
             values[name] = value
         else:
             kind = "i32" if -_INT32 <= value < _INT32 else "i64"

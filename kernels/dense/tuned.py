@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from attnrewrite.kernels.dense.configs import Config, configs
 if TYPE_CHECKING:
     from attnrewrite.kernels.dense.launch import Launch
     from attnrewrite.kernels.store.modes import Search
+    from attnrewrite.kernels.store.record import Timing
 
 _CHOSEN: dict[tuple[object, ...], Sequence[Config]] = {}
 """By what tells launches apart; asked at every launch, so that no key is made."""
@@ -31,7 +32,7 @@ def configurations(launch: Launch) -> Sequence[Config]:
         first = configs(launch.name, launch.widest, launch.bits)
         if torch.cuda.is_current_stream_capturing():
             return first  # no time to look anything up
-        found = _CHOSEN[kind] = tuple(dict.fromkeys((_best(launch), *first)))
+        found = _CHOSEN[kind] = tuple(dict.fromkeys((*_best(launch), *first)))
     return found
 
 
@@ -45,7 +46,7 @@ def search_as(search: Search) -> None:
         _CHOSEN.clear()
 
 
-def _best(launch: Launch) -> Config:
+def _best(launch: Launch) -> Sequence[Config]:
     from attnrewrite.kernels.dense.keys import here, key_of
     from attnrewrite.kernels.dense.space import SPACES
     from attnrewrite.kernels.store.settings import default_store
@@ -53,7 +54,7 @@ def _best(launch: Launch) -> Config:
     store = default_store()
     first = configs(launch.name, launch.widest, launch.bits)[0]
     if store.mode.search == "off":
-        return first
+        return (first,)
     key = key_of(launch, here(launch.call.query.device.index))
     found = store.find(key, SPACES[launch.name])
     if store.mode.search in ("quick", "full") and (found is None or found.tier == "near"):
@@ -62,7 +63,17 @@ def _best(launch: Launch) -> Config:
         tune_now(launch, key, store)
         found = store.find(key, SPACES[launch.name])
     if found is not None:
-        return Config.stored(found.record.winner)
+        known = (*found.record.timings, *store.timings(found.record.key, SPACES[launch.name]).values())
+        return stored(Config.stored(found.record.winner), known)
     from attnrewrite.kernels.tuning.model import preferred
 
-    return preferred(launch, key, store)
+    return (preferred(launch, key, store),)
+
+
+def stored(winner: Config, known: Iterable[Timing]) -> Sequence[Config]:
+    """Return the winner, and after one with descriptors the fastest without: not every launch can have them."""
+    if not winner.descriptors:
+        return (winner,)
+    timed = [(timing.median, Config.stored(timing.config)) for timing in known if timing.median is not None]
+    without = [config for _, config in sorted(timed) if not config.descriptors]
+    return winner, *without[:1]

@@ -19,8 +19,8 @@ from attnrewrite.kernels.generation.inline import Inline
 
 Flag = bool | int | str
 TEMPLATES = "attnrewrite.kernels.templates"
-TUNED = "BLOCK_"
-"""Constexpr parameters of this prefix are chosen by tuning and stay parameters; all other ones are flags."""
+TUNED = ("BLOCK_", "DESCRIPTORS")
+"""Constexpr parameters whose names begin so are chosen by tuning and stay parameters; all other ones are flags."""
 
 
 @dataclass(frozen=True)

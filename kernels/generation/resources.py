@@ -24,6 +24,8 @@ class Resources:
     """Bytes of shared memory."""
     matrix: str
     """The widest matrix instruction: HMMA, HGMMA, UTCHMMA (NVIDIA), MFMA (AMD), or empty."""
+    bulk: int = 0
+    """Instructions that load a tile by its descriptor: UTMALDG."""
 
 
 def compiled(
@@ -46,11 +48,13 @@ def compiled(
 
     signature = {name: "constexpr" if name in values else types[name].split(":")[0] for name in kernel.parameters}
     # As triton itself specialises, with an empty list for what has no attribute: so a launch finds this in its cache.
-    kinds = {number: "" if name in values else types[name] for number, name in enumerate(kernel.parameters)}
+    # Constants have such a list from 3.7 on.
+    kinds = {name: "" if name in values else types[name] for name in kernel.parameters}
+    of_constants = not triton.__version__.startswith("3.6.")
     aligned = {
         (number,): [["tt.divisibility", 16]] if kind.startswith("*") or kind.endswith(":16") else []
-        for number, kind in kinds.items()
-        if not kind.startswith("fp")
+        for number, (name, kind) in enumerate(kinds.items())
+        if not kind.startswith("fp") and (of_constants or name not in values)
     }
     constants = {name: values[name] for name in kernel.parameters if name in values}
     source = ASTSource(load(kernel), signature, constants, aligned)
@@ -70,8 +74,13 @@ def _nvidia(result: Any) -> Resources:
         text = _output(tools / "nvdisasm", file.name)
     registers = re.search(r"REG:(\d+)", usage)
     found = [name for name in ("UTCHMMA", "HGMMA", "HMMA") if re.search(rf"\b{name}\b", text)]
-    spills = len(re.findall(r"\bSTL\b", text))
-    return Resources(int(registers[1]) if registers else 0, spills, result.metadata.shared, found[0] if found else "")
+    return Resources(
+        int(registers[1]) if registers else 0,
+        len(re.findall(r"\bSTL\b", text)),
+        result.metadata.shared,
+        found[0] if found else "",
+        len(re.findall(r"\bUTMALDG\b", text)),
+    )
 
 
 def _amd(result: Any) -> Resources:

@@ -73,6 +73,7 @@ def attention_backward_keys(
     TEMPERATURES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -110,6 +111,15 @@ def attention_backward_keys(
     if PENALTY:
         Penalty += b * stride_pb
         strength = tl.load(Strength).to(tl.float32)
+    if DESCRIPTORS:
+        queries = tl.make_tensor_descriptor(
+            Q + b * stride_qb, [H, L, D], [stride_qh, stride_qm, 1], [1, BLOCK_M, PAD_D]
+        )
+        gradients = tl.make_tensor_descriptor(
+            DOut + b * stride_gb, [H, L, DV], [stride_gh, stride_gm, 1], [1, BLOCK_M, PAD_DV]
+        )
+    if DESCRIPTORS and PENALTY:
+        penalties = tl.make_tensor_descriptor(Penalty, [L, S], [stride_pm, 1], [BLOCK_M, BLOCK_N])
 
     # Rows [low, high) see some key of the block, [all_low, all_high) every key.
     low = 0
@@ -155,12 +165,16 @@ def attention_backward_keys(
                 for first_row in tl.range(start, stop, BLOCK_M):
                     rows = first_row + m
                     i = rows[None, :]
-                    place = tl.cast(first_row, tl.int64)
-                    Q_tile = Q_head + place * stride_qm
-                    G_tile = G_head + place * stride_gm
-                    left = L - first_row
-                    q = tile(Q_tile, m[:, None], d[None, :], stride_qm, stride_qd, left, PART != 1, D, PAD_D)
-                    grad = tile(G_tile, m[:, None], dv[None, :], stride_gm, stride_gd, left, PART != 1, DV, PAD_DV)
+                    if DESCRIPTORS:
+                        q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_D)
+                        grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_DV)
+                    else:
+                        place = tl.cast(first_row, tl.int64)
+                        Q_tile = Q_head + place * stride_qm
+                        G_tile = G_head + place * stride_gm
+                        left = L - first_row
+                        q = tile(Q_tile, m[:, None], d[None, :], stride_qm, stride_qd, left, PART != 1, D, PAD_D)
+                        grad = tile(G_tile, m[:, None], dv[None, :], stride_gm, stride_gd, left, PART != 1, DV, PAD_DV)
                     lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
                     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
                     delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
@@ -170,6 +184,12 @@ def attention_backward_keys(
                     if UPCAST:
                         q = q.to(tl.float32)
                         grad = grad.to(tl.float32)
+                    if PENALTY and DESCRIPTORS:
+                        taken = tl.trans(penalties.load([first_row, first]))
+                    elif PENALTY:
+                        taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
+                    else:
+                        taken = 0.0
                     product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                     s = product
                     s = scored(
@@ -186,8 +206,7 @@ def attention_backward_keys(
                         M_head,
                         stride_mm,
                         stride_mn,
-                        Penalty,
-                        stride_pm,
+                        taken,
                         strength,
                         PART != 1,
                         CAUSAL,

@@ -141,9 +141,8 @@ def selective_backward_logits(
             M_head,
             stride_mm,
             stride_mn,
-            Penalty,
-            stride_pm,
-            strength,
+            0.0,
+            0.0,
             False,  # what positions hide is left out of the sum
             CAUSAL,
             WINDOW,

@@ -77,6 +77,7 @@ def attention_backward_queries(
     SLOPE_GRADIENT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -129,6 +130,12 @@ def attention_backward_queries(
     slope = 0.0
     if ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32)
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(K, [S, D], [stride_kn, 1], [BLOCK_N, PAD_D])
+        values = tl.make_tensor_descriptor(V, [S, DV], [stride_vn, 1], [BLOCK_N, PAD_DV])
+        if PENALTY:
+            penalties = tl.make_tensor_descriptor(Penalty, [L, S], [stride_pm, 1], [BLOCK_M, BLOCK_N])
+
     # Keys [low, high) are seen by some row of the block, [all_low, all_high) by every row.
     low = 0
     high = S
@@ -166,16 +173,26 @@ def attention_backward_queries(
                     first = tl.load(Live + at) * BLOCK_N
                 cols = first + n
                 j = cols[None, :]
-                place = tl.cast(first, tl.int64)
-                K_tile = K + place * stride_kn
-                V_tile = V + place * stride_vn
-                k = tile(K_tile, n[:, None], d[None, :], stride_kn, stride_kd, S - first, PART != 1, D, PAD_D)
-                v = tile(V_tile, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, PART != 1, DV, PAD_DV)
+                if DESCRIPTORS:
+                    k = keys.load([first, 0])
+                    v = values.load([first, 0])
+                else:
+                    place = tl.cast(first, tl.int64)
+                    K_tile = K + place * stride_kn
+                    V_tile = V + place * stride_vn
+                    k = tile(K_tile, n[:, None], d[None, :], stride_kn, stride_kd, S - first, PART != 1, D, PAD_D)
+                    v = tile(V_tile, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, PART != 1, DV, PAD_DV)
                 if UPCAST:
                     k = k.to(tl.float32)
                     v = v.to(tl.float32)
                 product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 s = product
+                if PENALTY and DESCRIPTORS:
+                    taken = penalties.load([first_row, first])
+                elif PENALTY:
+                    taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
+                else:
+                    taken = 0.0
                 s = scored(
                     s,
                     i,
@@ -190,8 +207,7 @@ def attention_backward_queries(
                     Mask,
                     stride_mm,
                     stride_mn,
-                    Penalty,
-                    stride_pm,
+                    taken,
                     strength,
                     PART != 1,
                     CAUSAL,

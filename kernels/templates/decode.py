@@ -136,6 +136,8 @@ def attention_decode(
             k = k.to(tl.float32)
             v = v.to(tl.float32)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        inside = (i < L) & (j < S)
+        taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=inside, other=0.0) if PENALTY else 0.0
         s = scored(
             s,
             i,
@@ -150,8 +152,7 @@ def attention_decode(
             Mask,
             stride_mm,
             stride_mn,
-            Penalty,
-            stride_pm,
+            taken,
             strength,
             True,
             CAUSAL,

@@ -71,9 +71,9 @@ def attention_forward(
     SKIPS: tl.constexpr,  # whether Live says what to visit of the keys that every row sees
     PAIR: tl.constexpr,
     TEMPERATURES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -128,6 +128,8 @@ def attention_forward(
     if DESCRIPTORS:
         keys = tl.make_tensor_descriptor(K, [S, D], [stride_kn, 1], [BLOCK_N, PAD_D])
         values = tl.make_tensor_descriptor(V, [S, DV], [stride_vn, 1], [BLOCK_N, PAD_DV])
+        if PENALTY:
+            penalties = tl.make_tensor_descriptor(Penalty, [L, S], [stride_pm, 1], [BLOCK_M, BLOCK_N])
 
     # Keys [low, high) are seen by some row of the block, [all_low, all_high) by every row.
     low = 0
@@ -183,6 +185,12 @@ def attention_forward(
                     k = k.to(tl.float32)
                     v = v.to(tl.float32)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if PENALTY and DESCRIPTORS:
+                    taken = penalties.load([first_row, first])
+                elif PENALTY:
+                    taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
+                else:
+                    taken = 0.0
                 s = scored(
                     s,
                     i,
@@ -197,8 +205,7 @@ def attention_forward(
                     Mask,
                     stride_mm,
                     stride_mn,
-                    Penalty,
-                    stride_pm,
+                    taken,
                     strength,
                     PART != 1,
                     CAUSAL,

@@ -1,7 +1,7 @@
 """From products of queries and keys to scores: what every kernel of the dense family does to a tile.
 
 Rows are query positions and cols key positions; one of the two is ``[n, 1]`` and the other ``[1, n]``, so that a tile
-may stand either way. Pointers into mask and penalty are those of one batch entry and head.
+may stand either way. The pointer into the mask is that of one batch entry and head.
 """
 
 import triton
@@ -25,9 +25,8 @@ def scored(
     Mask,
     stride_mm,
     stride_mn,
-    Penalty,
-    stride_pm,
-    strength,  # of the penalty
+    taken,  # a tile of the penalty
+    strength,  # of it
     MASKED: tl.constexpr,  # whether positions may hide a key of this tile
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -46,7 +45,6 @@ def scored(
         away = apart(rows, cols, offset, CAUSAL)
         s -= away * (slope * LOG2E)
     if PENALTY:
-        taken = tl.load(Penalty + rows.to(tl.int64) * stride_pm + cols, mask=(rows < L) & (cols < S), other=0.0)
         s -= strength * taken.to(tl.float32)
     if MASK == "bias":
         added = tl.load(

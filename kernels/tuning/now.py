@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from attnrewrite.kernels.dense.keys import shape_of
-from attnrewrite.kernels.dense.sample import Recipe
 from attnrewrite.kernels.tuning.bench import WorkerBench
 from attnrewrite.kernels.tuning.device import present
 from attnrewrite.kernels.tuning.search import EFFORTS
@@ -31,7 +29,7 @@ def tune_now(launch: Launch, key: Key, store: Store) -> None:
         log.warning("%s is not tuned: %s", key.kernel, unknown)
         return
     log.info("tuning %s for at most %.0f s", launch.emitted.stem, effort.seconds)
-    task = Task(key, shape_of(launch), Recipe.of(launch))
+    task = Task.of(launch, key)
     with WorkerBench(task.recipe, launch.name, str(device), key.target) as bench:
         outcome = tune(task, facts, bench, store, effort)
     if outcome is None:

@@ -188,13 +188,13 @@ class _Search:
         return kept
 
     def dominated(self, config: Config, others: Iterable[Config]) -> bool:
-        """Whether it does not pipeline, where one of the same tile and warps does and leaves room for as many programs.
+        """Whether it does not pipeline, where one that is the same otherwise does and leaves room for as many programs.
 
         Where stages make no difference to what is used, there was nothing to pipeline, and the fewest stages stand for
         all.
         """
         for other in others:
-            if other != config and other[:3] == config[:3]:
+            if other != config and other._replace(stages=config.stages) == config:
                 if self.outcome.used[other] == self.outcome.used[config]:
                     if other.stages < config.stages:
                         return True

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 
+from attnrewrite.kernels.dense.descriptors import can_describe
 from attnrewrite.kernels.dense.keys import Where, key_of, shape_of
 from attnrewrite.kernels.dense.launch import Launcher, first_that_runs, launched_by
 from attnrewrite.kernels.dense.sample import Recipe, Sample
@@ -19,11 +20,17 @@ if TYPE_CHECKING:
 
 
 class Task(NamedTuple):
-    """A kernel for calls of one size, and how to make such a call."""
+    """A kernel for calls of one size, how to make such a call, and whether it may load tiles by descriptors."""
 
     key: Key
     shape: Shape
     recipe: Recipe
+    descriptors: bool
+
+    @classmethod
+    def of(cls, launch: Launch, key: Key) -> Task:
+        """Return the task of tuning a launch, of which this is the key."""
+        return cls(key, shape_of(launch), Recipe.of(launch), can_describe(launch))
 
 
 def of_recipe(recipe: Recipe, device: torch.device, where: Where) -> list[Task]:
@@ -41,7 +48,7 @@ def _noted(run: Callable[[], object], where: Where, launcher: Launcher) -> list[
 
     def note(launch: Launch) -> None:
         key = key_of(launch, where)
-        found.setdefault(key, Task(key, shape_of(launch), Recipe.of(launch)))
+        found.setdefault(key, Task.of(launch, key))
         launcher(launch)
 
     with launched_by(note):

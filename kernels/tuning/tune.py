@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from attnrewrite.kernels.dense.configs import Config, configs
 from attnrewrite.kernels.dense.space import SPACES
@@ -47,7 +48,8 @@ def tune(
             return None
         known = {} if among else store.timings(key, space)
         first = () if among else tuple(configs(key.kernel, _widest(key), task.shape.bits))
-        problem = Problem(key, task.shape, among or space, first)
+        allowed = space if task.descriptors else replace(space, descriptors=(False,))
+        problem = Problem(key, task.shape, among or allowed, first)
 
         def keep(outcome: Outcome) -> None:
             record = outcome.record(key, time.time(), origin())

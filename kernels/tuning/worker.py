@@ -24,6 +24,7 @@ from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.launch import Launch, cannot_run, first_that_runs, launched_by
 from attnrewrite.kernels.dense.sample import Recipe, Sample
 from attnrewrite.kernels.dense.specialisation import specialised
+from attnrewrite.kernels.generation.emit import TUNED
 
 _TOLERANCE = {"bfloat16": 2.0**-5, "float16": 2.0**-7, "float32": 2.0**-8}
 """Relative errors that are still rounding; float32 with products of tf32."""
@@ -53,11 +54,11 @@ def begin(state: dict[str, Any], recipe: Mapping[str, Any], kernel_name: str, de
     launch = _launch(Sample(whole, place), kernel_name)
     state.update(launch=launch, slice=Sample(whole.slice(), place), place=place, runs={})
     types, values = specialised(launch.whole(_LEAST))
-    blocks = {name: value for name, value in values.items() if not name.startswith("BLOCK_")}
-    return {"given": dict(launch.given), "digest": launch.emitted.digest, "types": types, "values": blocks}
+    fixed = {name: value for name, value in values.items() if not name.startswith(TUNED)}
+    return {"given": dict(launch.given), "digest": launch.emitted.digest, "types": types, "values": fixed}
 
 
-def check(state: dict[str, Any], config: list[int]) -> dict[str, Any]:
+def check(state: dict[str, Any], config: list[Any]) -> dict[str, Any]:
     """Run the slice with this configuration, and compare with plain PyTorch."""
     launch, sample = state["launch"], state["slice"]
     met: list[str] = []
@@ -72,7 +73,7 @@ def check(state: dict[str, Any], config: list[int]) -> dict[str, Any]:
     return {"status": "ok" if all(error <= tolerance for error in errors) else "wrong", "error": max(errors)}
 
 
-def run(state: dict[str, Any], config: list[int]) -> dict[str, Any]:
+def run(state: dict[str, Any], config: list[Any]) -> dict[str, Any]:
     """Answer with the seconds of one run."""
     chosen = Config(*config)
     if chosen not in state["runs"]:
@@ -87,16 +88,15 @@ def compile_(
     types: Mapping[str, str],
     values: Mapping[str, int],
     target: str,
-    config: list[int],
+    config: list[Any],
 ) -> dict[str, Any]:
     """Compile ahead of time, into triton's cache; answer with what a program uses."""
     from attnrewrite.kernels.generation.resources import compiled
 
     chosen = Config(*config)
-    whole = {**values, "BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n}
     made = kernel(name, given)
     try:
-        used = compiled(made, types, whole, target, warps=chosen.warps, stages=chosen.stages)
+        used = compiled(made, types, {**values, **chosen.constants}, target, warps=chosen.warps, stages=chosen.stages)
     except Exception as failure:  # whatever a compiler raises: this configuration cannot be had
         return {"why": f"{type(failure).__name__}: {failure}"}
     return {"used": asdict(used)}

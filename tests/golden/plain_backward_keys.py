@@ -4,7 +4,7 @@ ALIBI = False, CAUSAL = False, D = 80, DROPOUT = False, DV = 80, GROUP = 1, MASK
 PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST = False, WINDOW =
 False
 
-Digest a9d08388d67b1bcbf9f9352d7e2e14313385a24b815421ba75e8eeae03677d50.
+Digest 44faabbd85acb04616da441de90df7e8b9be6527c6da626daf2d8648c787762c.
 """
 
 import triton
@@ -43,6 +43,7 @@ def attention_backward_keys(
     L,
     S,
     scale,
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -73,6 +74,14 @@ def attention_backward_keys(
         mask=(n[:, None] < S - first) & (dv[None, :] < 80),
         other=0.0,
     )
+    if DESCRIPTORS:
+        queries = tl.make_tensor_descriptor(Q + b * stride_qb, [H, L, 80], [stride_qh, stride_qm, 1], [1, BLOCK_M, 128])
+        gradients = tl.make_tensor_descriptor(
+            DOut + b * stride_gb,
+            [H, L, 80],
+            [stride_gh, stride_gm, 1],
+            [1, BLOCK_M, 128],
+        )
 
     # Rows [low, high) see some key of the block, [all_low, all_high) every key.
     low = 0
@@ -93,12 +102,20 @@ def attention_backward_keys(
         stop = all_high
         for first_row in tl.range(start, stop, BLOCK_M):
             rows = first_row + m
-            place = tl.cast(first_row, tl.int64)
-            Q_tile = Q_head + place * stride_qm
-            G_tile = G_head + place * stride_gm
-            left = L - first_row
-            q = tl.load(Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd, mask=d[None, :] < 80, other=0.0)
-            grad = tl.load(G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd, mask=dv[None, :] < 80, other=0.0)
+            if DESCRIPTORS:
+                q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+                grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+            else:
+                place = tl.cast(first_row, tl.int64)
+                Q_tile = Q_head + place * stride_qm
+                G_tile = G_head + place * stride_gm
+                left = L - first_row
+                q = tl.load(Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd, mask=d[None, :] < 80, other=0.0)
+                grad = tl.load(
+                    G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd,
+                    mask=dv[None, :] < 80,
+                    other=0.0,
+                )
             lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
             lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
             delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
@@ -116,20 +133,24 @@ def attention_backward_keys(
         stop = high
         for first_row in tl.range(start, stop, BLOCK_M):
             rows = first_row + m
-            place = tl.cast(first_row, tl.int64)
-            Q_tile = Q_head + place * stride_qm
-            G_tile = G_head + place * stride_gm
-            left = L - first_row
-            q = tl.load(
-                Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd,
-                mask=(m[:, None] < left) & (d[None, :] < 80),
-                other=0.0,
-            )
-            grad = tl.load(
-                G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd,
-                mask=(m[:, None] < left) & (dv[None, :] < 80),
-                other=0.0,
-            )
+            if DESCRIPTORS:
+                q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+                grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+            else:
+                place = tl.cast(first_row, tl.int64)
+                Q_tile = Q_head + place * stride_qm
+                G_tile = G_head + place * stride_gm
+                left = L - first_row
+                q = tl.load(
+                    Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd,
+                    mask=(m[:, None] < left) & (d[None, :] < 80),
+                    other=0.0,
+                )
+                grad = tl.load(
+                    G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd,
+                    mask=(m[:, None] < left) & (dv[None, :] < 80),
+                    other=0.0,
+                )
             lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
             lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
             delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)

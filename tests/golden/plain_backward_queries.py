@@ -4,7 +4,7 @@ ALIBI = False, BIAS_GRADIENT = False, CAUSAL = True, D = 64, DROPOUT = True, DV 
 64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SLOPE_GRADIENT = False, SOFTCAP = True,
 TEMPERATURES = False, UPCAST = False, WINDOW = False
 
-Digest dd6d197aa943a4efca39966daf805199d43076851a18808de900e9777cbc2db1.
+Digest 4397b728bd9b6ef2918390962b106edf4bd9f9e82a22899a0d36fd12e1280b3b.
 """
 
 import triton
@@ -47,6 +47,7 @@ def attention_backward_queries(
     softcap,
     threshold,  # of dropout: p * 2**32
     kept,  # of dropout: 1 / (1 - p)
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -76,6 +77,9 @@ def attention_backward_queries(
     lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
     lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
     delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(K, [S, 64], [stride_kn, 1], [BLOCK_N, 64])
+        values = tl.make_tensor_descriptor(V, [S, 64], [stride_vn, 1], [BLOCK_N, 64])
     high = S
     all_low = 0
     all_high = S // BLOCK_N * BLOCK_N
@@ -89,11 +93,15 @@ def attention_backward_queries(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
+            v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
         product = tl.dot(q, tl.trans(k), input_precision='ieee')
         s = product
         power = tl.exp2(s * (scale / softcap * (2 * LOG2E)))
@@ -117,11 +125,23 @@ def attention_backward_queries(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd, mask=n[:, None] < S - first, other=0.0)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd, mask=n[:, None] < S - first, other=0.0)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(
+                K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
+            v = tl.load(
+                V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
         product = tl.dot(q, tl.trans(k), input_precision='ieee')
         s = product
         power = tl.exp2(s * (scale / softcap * (2 * LOG2E)))

@@ -1,10 +1,10 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
-ALIBI = False, CAUSAL = True, D = 64, DESCRIPTORS = False, DROPOUT = False, DV = 64, GROUP = 1, MASK = 'none', PAD_D =
-64, PAD_DV = 64, PAIR = False, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False,
-TEMPERATURES = False, UPCAST = False, WINDOW = False
+ALIBI = False, CAUSAL = True, D = 64, DROPOUT = False, DV = 64, GROUP = 1, MASK = 'none', PAD_D = 64, PAD_DV = 64, PAIR
+= False, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES = False,
+UPCAST = False, WINDOW = False
 
-Digest c9bdc9410bae5c85c524129993492a445d78cb414dfb24937855bbf58083eb8e.
+Digest 30e098c0b7adb3816b00b68975c3f4b6d659f64386124ad2b4f4a238b1722bec.
 """
 
 import triton
@@ -40,6 +40,7 @@ def attention_forward(
     S,
     offset,  # query i stands at position i + offset among the keys
     scale,
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -63,6 +64,9 @@ def attention_forward(
     K += b * stride_kb + hk * stride_kh
     V += b * stride_vb + hk * stride_vh
     q = tl.load(Q + m[:, None] * stride_qm + d[None, :] * stride_qd, mask=m[:, None] < L - first_row, other=0.0)
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(K, [S, 64], [stride_kn, 1], [BLOCK_N, 64])
+        values = tl.make_tensor_descriptor(V, [S, 64], [stride_vn, 1], [BLOCK_N, 64])
     high = S
     all_low = 0
     all_high = S // BLOCK_N * BLOCK_N
@@ -78,11 +82,15 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
+            v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
         higher = tl.maximum(best, tl.max(s, 1) * (scale * LOG2E))
         shift = tl.where(higher == float('-inf'), 0.0, higher)
@@ -99,11 +107,23 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd, mask=n[:, None] < S - first, other=0.0)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd, mask=n[:, None] < S - first, other=0.0)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(
+                K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
+            v = tl.load(
+                V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
         s = tl.where(j < S, s, float('-inf'))
         s = tl.where(j <= i + offset, s, float('-inf'))

@@ -1,10 +1,10 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
-ALIBI = False, CAUSAL = True, D = 128, DESCRIPTORS = False, DROPOUT = False, DV = 128, GROUP = 1, MASK = 'none', PAD_D =
-128, PAD_DV = 128, PAIR = False, PENALTY = True, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False,
-TEMPERATURES = False, UPCAST = False, WINDOW = True
+ALIBI = False, CAUSAL = True, D = 128, DROPOUT = False, DV = 128, GROUP = 1, MASK = 'none', PAD_D = 128, PAD_DV = 128,
+PAIR = False, PENALTY = True, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES = False,
+UPCAST = False, WINDOW = True
 
-Digest 95cb42428bf5a6d19869719028a65963529c4e765bb0ff5b33f8fa8f611ec616.
+Digest dd44a450e08ad57c6505f7445b1d89ffba6d39eb7e89fad1d496c6eb2ca9a6a1.
 """
 
 import triton
@@ -46,6 +46,7 @@ def attention_forward(
     offset,  # query i stands at position i + offset among the keys
     window,
     scale,
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -73,6 +74,10 @@ def attention_forward(
     strength = 0.0
     Penalty += b * stride_pb
     strength = tl.load(Strength).to(tl.float32)
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(K, [S, 128], [stride_kn, 1], [BLOCK_N, 128])
+        values = tl.make_tensor_descriptor(V, [S, 128], [stride_vn, 1], [BLOCK_N, 128])
+        penalties = tl.make_tensor_descriptor(Penalty, [L, S], [stride_pm, 1], [BLOCK_M, BLOCK_N])
 
     # Keys [low, high) are seen by some row of the block, [all_low, all_high) by every row.
     low = 0
@@ -95,14 +100,29 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd, mask=n[:, None] < S - first, other=0.0)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd, mask=n[:, None] < S - first, other=0.0)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(
+                K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
+            v = tl.load(
+                V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
+        if DESCRIPTORS:
+            taken = penalties.load([first_row, first])
+        else:
+            taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s = s * (scale * LOG2E)
-        taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s -= strength * taken.to(tl.float32)
         s = tl.where(j < S, s, float('-inf'))
         s = tl.where(j <= i + offset, s, float('-inf'))
@@ -122,14 +142,21 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
+            v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
+        if DESCRIPTORS:
+            taken = penalties.load([first_row, first])
+        else:
+            taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s = s * (scale * LOG2E)
-        taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s -= strength * taken.to(tl.float32)
         higher = tl.maximum(best, tl.max(s, 1))
         shift = tl.where(higher == float('-inf'), 0.0, higher)
@@ -146,14 +173,29 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd, mask=n[:, None] < S - first, other=0.0)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd, mask=n[:, None] < S - first, other=0.0)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(
+                K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
+            v = tl.load(
+                V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
+        if DESCRIPTORS:
+            taken = penalties.load([first_row, first])
+        else:
+            taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s = s * (scale * LOG2E)
-        taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s -= strength * taken.to(tl.float32)
         s = tl.where(j < S, s, float('-inf'))
         s = tl.where(j <= i + offset, s, float('-inf'))

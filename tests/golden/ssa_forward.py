@@ -1,10 +1,10 @@
 """attention_forward, specialised by attnrewrite from its template forward.py.
 
-ALIBI = False, CAUSAL = False, D = 64, DESCRIPTORS = False, DROPOUT = False, DV = 64, GROUP = 4, MASK = 'keys', PAD_D =
-64, PAD_DV = 64, PAIR = False, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False,
-TEMPERATURES = True, UPCAST = False, WINDOW = False
+ALIBI = False, CAUSAL = False, D = 64, DROPOUT = False, DV = 64, GROUP = 4, MASK = 'keys', PAD_D = 64, PAD_DV = 64, PAIR
+= False, PENALTY = False, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES = True, UPCAST
+= False, WINDOW = False
 
-Digest bdf5c183dfd7945f25a23eca4b29547fa4b540c5fd006684493e82a8516d1748.
+Digest aa65e08e971bf4d69f7a877f376a3ddc094d54837b7aa135d38968b8386e2b0a.
 """
 
 import triton
@@ -45,6 +45,7 @@ def attention_forward(
     L,
     S,
     scale,
+    DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,6 +73,9 @@ def attention_forward(
     x = x.to(Q.dtype.element_ty)
     q = x
     Mask += b * stride_mb + h * stride_mh
+    if DESCRIPTORS:
+        keys = tl.make_tensor_descriptor(K, [S, 64], [stride_kn, 1], [BLOCK_N, 64])
+        values = tl.make_tensor_descriptor(V, [S, 64], [stride_vn, 1], [BLOCK_N, 64])
     high = S
     all_low = 0
     all_high = S // BLOCK_N * BLOCK_N
@@ -85,11 +89,15 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd)
+            v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd)
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
         seen = tl.load(Mask + j * stride_mn, mask=j < S, other=0)
         s = tl.where(seen != 0, s, float('-inf'))
@@ -110,11 +118,23 @@ def attention_forward(
         first = at
         cols = first + n
         j = cols[None, :]
-        place = tl.cast(first, tl.int64)
-        K_tile = K + place * stride_kn
-        V_tile = V + place * stride_vn
-        k = tl.load(K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd, mask=n[:, None] < S - first, other=0.0)
-        v = tl.load(V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd, mask=n[:, None] < S - first, other=0.0)
+        if DESCRIPTORS:
+            k = keys.load([first, 0])
+            v = values.load([first, 0])
+        else:
+            place = tl.cast(first, tl.int64)
+            K_tile = K + place * stride_kn
+            V_tile = V + place * stride_vn
+            k = tl.load(
+                K_tile + n[:, None] * stride_kn + d[None, :] * stride_kd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
+            v = tl.load(
+                V_tile + n[:, None] * stride_vn + dv[None, :] * stride_vd,
+                mask=n[:, None] < S - first,
+                other=0.0,
+            )
         s = tl.dot(q, tl.trans(k), input_precision='ieee')
         seen = tl.load(Mask + j * stride_mn, mask=j < S, other=0)
         s = tl.where(seen != 0, s, float('-inf'))

@@ -8,7 +8,10 @@ import torch
 from dense_support import CAUSAL, DEVICE, compare, drawn, formula, normal, ours, outputs, temperatures
 
 from attnrewrite.functional import attention, selective_attention
+from attnrewrite.kernels.dense import tuned
 from attnrewrite.kernels.dense.choice import kernels
+from attnrewrite.kernels.dense.descriptors import LOADED, can_describe, has_unit
+from attnrewrite.kernels.dense.keys import here
 from attnrewrite.kernels.diagnostics import AttnRewriteError
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("on_the_device", "poisoned")]
@@ -46,6 +49,23 @@ def test_values_of_another_width(variant, D, Dv):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lengths(variant, L):
     compare(given(variant, L=L, B=2, D=64, Dv=64, dtype=torch.bfloat16), **CAUSAL)
+
+
+@pytest.mark.parametrize("D", [24, 64, 80, 128, 256])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tiles_by_descriptors(variant, D, monkeypatch):
+    """Pipelined, and in tiles that are copied in several boxes."""
+    own, met = tuned.configurations, []
+
+    def configurations(launch):
+        found = own(launch)
+        if launch.name in LOADED:
+            met.append(can_describe(launch))
+        return [config._replace(descriptors=launch.name in LOADED) for config in found] + list(found)
+
+    monkeypatch.setattr(tuned, "configurations", configurations)
+    compare(given(variant, L=777, H=4, Hkv=2, D=D, Dv=D, dtype=torch.bfloat16), **CAUSAL)
+    assert met == 3 * [has_unit(here(0).target)]
 
 
 @pytest.mark.parametrize("how", [{"window": 100}, {"softcap": 5.0}, {"window": 16}], ids=str)

@@ -1,11 +1,11 @@
-"""ALiBi, sinks and tensor descriptors at the kernels themselves; and kernels that do not fit the device."""
+"""ALiBi and sinks at the kernels themselves; and kernels that do not fit the device."""
 
 import pytest
 import torch
 
 from attnrewrite.kernels.dense import launch
 from attnrewrite.kernels.dense.call import Call
-from attnrewrite.kernels.dense.launch import NoConfigurationError, backward, forward, run
+from attnrewrite.kernels.dense.launch import NoConfigurationError, backward, forward
 from attnrewrite.kernels.strips import Options
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("on_the_device")]
@@ -54,17 +54,6 @@ def test_sinks_take_weight_from_every_row(tensors):
     hidden = torch.ones(70, 70, dtype=torch.bool).triu(1)
     logits = (query.double() @ key.double().mT / 4).masked_fill(hidden, -torch.inf)
     assert torch.allclose(lse.double() / LOG2E, torch.cat((logits, column), -1).logsumexp(-1), atol=1e-5)
-
-
-@pytest.mark.parametrize("D", [16, 24])
-def test_descriptors_load_the_same_tiles(D):
-    torch.manual_seed(0)
-    query, key, value = (torch.randn(1, 2, 70, D) for _ in range(3))
-    call = Call(query, key, value, Options(0.25, True))
-    out, lse = torch.empty_like(query), query.new_empty(1, 2, 70)
-    more = {"Out": out, "Lse": lse, **dict(zip(("stride_ob", "stride_oh", "stride_om"), out.stride(), strict=False))}
-    run("forward", call, more, lambda config: 2 * -(-70 // config.block_m), {"DESCRIPTORS": True})
-    assert all(torch.equal(a, b) for a, b in zip((out, lse), forward(call), strict=True))
 
 
 @pytest.fixture

@@ -17,12 +17,15 @@ from attnrewrite.kernels.dense import keys, tuned
 from attnrewrite.kernels.dense.configs import Config, configs
 from attnrewrite.kernels.dense.space import SPACES
 from attnrewrite.kernels.diagnostics import TuningError
+from attnrewrite.kernels.store.key import pairs
 from attnrewrite.kernels.store.modes import Mode
+from attnrewrite.kernels.store.record import Record, Timing
 from attnrewrite.kernels.store.settings import default_store
+from attnrewrite.kernels.store.validation import read
 from attnrewrite.kernels.tuning.cost import Rates
 from attnrewrite.kernels.tuning.model import smaller
 from attnrewrite.kernels.tuning.rates import SPACE, as_config, key_like, rates_of
-from attnrewrite.kernels.tuning.tasks import of_run
+from attnrewrite.kernels.tuning.tasks import Task, of_run
 from attnrewrite.kernels.tuning.work import Shape
 from attnrewrite.loading import LoadedModel
 from attnrewrite.tuning import Session, of_model
@@ -165,19 +168,42 @@ def test_every_default_is_declared():
                 assert all(space.valid(config._asdict()) for config in configs(name, widest, bits)), name
 
 
+GOOD = Config(64, 64, 4, 1)._asdict()
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {},
         {"block_m": 64},
-        {"block_m": 64.0, "block_n": 64, "warps": 4, "stages": 1},
-        {"block_m": True, "block_n": 64, "warps": 4, "stages": 1},
-        {"block_m": 48, "block_n": 64, "warps": 4, "stages": 1},
-        {"block_m": 64, "block_n": 64, "warps": 4, "stages": 1, "maxnreg": 1},
+        {"block_m": 64, "block_n": 64, "warps": 4, "stages": 1},
+        {**GOOD, "block_m": 64.0},
+        {**GOOD, "block_m": True},
+        {**GOOD, "block_m": 48},
+        {**GOOD, "descriptors": 1},
+        {**GOOD, "maxnreg": 1},
     ],
 )
 def test_what_is_not_declared_is_refused(config):
     assert not SPACES["forward"].valid(config)
+
+
+def test_descriptors_are_declared_by_kernels_that_load_by_them():
+    assert SPACES["forward"].valid(GOOD)
+    assert SPACES["forward"].valid({**GOOD, "descriptors": True})
+    assert not SPACES["votes"].valid({**GOOD, "descriptors": True})
+
+
+def test_where_tensors_are_not_fit_no_descriptors_are_considered(tmp_path):
+    for fit in (True, False):
+        benches = Benches()
+        session(store(tmp_path / str(fit)), benches).tune([TASKS[0]._replace(descriptors=fit)], silent)
+        assert {config.descriptors for gpu in benches.made for config in gpu.compiled} == {fit, False}
+
+
+def test_heads_that_descriptors_cannot_describe():
+    assert {task.key.kernel for task in TASKS if task.descriptors} == {"forward", "backward_keys", "backward_queries"}
+    assert not any(task.descriptors for task in tasks_of("sdpa", D=20, Dv=20))
 
 
 # What a launch makes of records: with a stand-in for one on a GPU, of which only its key and sizes are read.
@@ -222,7 +248,7 @@ def rates_of_nothing():
 
 
 def test_a_launch_runs_what_is_stored(launch):
-    task = SimpleNamespace(key=keys.key_of(launch, HERE), shape=keys.shape_of(launch))
+    task = Task.of(launch, keys.key_of(launch, HERE))
     results = session(default_store(), Benches()).tune([task], silent)
     assert tuned.configurations(launch)[0] == results[0].outcome.winner
 
@@ -230,6 +256,19 @@ def test_a_launch_runs_what_is_stored(launch):
 def test_a_stored_configuration_that_does_not_run_is_followed_by_defaults(launch):
     found = tuned.configurations(launch)
     assert found[-1] == Config(16, 16, 4, 1)
+
+
+def test_after_a_winner_with_descriptors_comes_the_fastest_without(launch):
+    """For launches of tensors that are not fit for them."""
+    winner, second, slow = Config(64, 64, 4, 2, descriptors=True), Config(128, 64, 8, 2), Config(64, 64, 4, 2)
+    timings = [
+        Timing(pairs(config._asdict()), "ok", ms, ms, ms, 40)
+        for config, ms in ((slow, 3.0), (winner, 1.0), (second, 2.0), (Config(32, 64, descriptors=True), 1.5))
+    ]
+    key = keys.key_of(launch, HERE)
+    default_store().put(Record(key, tuple(timings), pairs(winner._asdict()), 0.01, 1, 0))
+    assert tuned.configurations(launch)[:3] == (winner, second, configs("forward", 64, 16)[0])
+    assert read(default_store().find(key, SPACES["forward"]).record.data).winner == pairs(winner._asdict())
 
 
 def test_mode_off_runs_the_default(launch):

@@ -19,6 +19,7 @@ from attnrewrite.kernels.tuning.search import BenchError
 
 SMALL = Recipe(1, 2, 2, 40, 40, 16, 16, dtype="float32", scale=0.25, causal=True, learns=True)
 CONFIG, OTHER = Config(16, 16, 4, 1), Config(32, 16, 4, 2)
+BY_TMA = OTHER._replace(descriptors=True)
 CPU = torch.device("cpu")
 RECIPES = {
     "plain": SMALL,
@@ -86,6 +87,8 @@ def test_a_worker_checks_and_times(bench):
     assert bench.check(OTHER) == "ok"
     assert bench.time(OTHER) > 0
     assert bench.check(CONFIG) == "ok"
+    assert bench.check(BY_TMA) == "ok"
+    assert bench.time(BY_TMA) > 0
 
 
 def test_a_worker_compiles_ahead_of_time(monkeypatch):
@@ -97,6 +100,9 @@ def test_a_worker_compiles_ahead_of_time(monkeypatch):
         answer = child.ask(120, do="compile", name="forward", target="sm_90", config=OTHER, **kernel)
         assert answer["used"]["registers"] > 0
         assert answer["used"]["spills"] == 0
+        assert answer["used"]["bulk"] == 0
+        answer = child.ask(120, do="compile", name="forward", target="sm_90", config=BY_TMA, **kernel)
+        assert answer["used"]["bulk"] > 0
         kernel["types"] = {**types, "Q": "*no_such_type"}
         assert "why" in child.ask(120, do="compile", name="forward", target="sm_90", config=OTHER, **kernel)
 
@@ -165,8 +171,9 @@ def test_a_child_that_does_not_speak_json():
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("config", [CONFIG, BY_TMA], ids=str)
 @pytest.mark.parametrize("name", ["plain", "half", "mask of keys", "selective", "selective step", "temperatures"])
-def test_what_is_compiled_ahead_is_what_a_launch_looks_for(name, monkeypatch):
+def test_what_is_compiled_ahead_is_what_a_launch_looks_for(name, config, monkeypatch):
     """The source that is compiled ahead has the name, in triton's cache, of what triton makes of the arguments."""
     import triton.compiler
     from triton.backends.compiler import GPUTarget
@@ -185,7 +192,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_looks_for(name, monkeypatch):
     monkeypatch.setattr(triton, "compile", stop)
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for launch in launches(RECIPES[name]):
-        arguments = launch.whole(CONFIG)
+        arguments = launch.whole(config)
         function = JITFunction(load(launch.emitted).fn)
         monkeypatch.setattr(resources, "load", lambda emitted, function=function: function)
         bind = create_function_from_signature(function.signature, function.params, backend)
