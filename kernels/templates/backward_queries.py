@@ -224,7 +224,8 @@ def attention_backward_queries(
                     dp = tl.where(alive, dp * kept, 0.0)
                 if TEMPERATURES:  # weights rounded as they were when they met the values: delta is made of those
                     rho = tl.load(ValueTau + (b * (H // GROUP) + hk) * S + cols, mask=cols < S, other=0.0)
-                    used = narrow(p * rho.to(tl.float32)[None, :], V, UPCAST)
+                    used = p * rho.to(tl.float32)[None, :]
+                    used = narrow(used, V, UPCAST)
                     ds = used.to(tl.float32) * dp - p * delta[:, None]
                 else:
                     ds = p * (dp - delta[:, None])

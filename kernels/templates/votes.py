@@ -135,10 +135,13 @@ def selective_votes(
         penalty = received[None, :] + tl.dot(before, votes, input_precision=SUM_PRECISION)
         penalty = tl.where(penalty == float("inf"), penalty, tl.minimum(penalty, largest))
         # 0 where no head looks: backward writes in the place of the pairs that it visits, and reads all.
-        if CAUSAL:
-            penalty = tl.where(j <= i + offset, penalty, 0.0)
-        if WINDOW:
-            penalty = tl.where(j > i + offset - window, penalty, 0.0)
+        if MASK == "bias" or MASK == "pairs":  # may hide from who votes what other heads see
+            if CAUSAL:
+                penalty = tl.where(j <= i + offset, penalty, 0.0)
+            if WINDOW:
+                penalty = tl.where(j > i + offset - window, penalty, 0.0)
+        else:
+            penalty = tl.where(s == float("-inf"), 0.0, penalty)
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)

@@ -3,7 +3,7 @@
 ALIBI = False, CAUSAL = True, D = 64, MASK = 'none', PAD_D = 64, PLACED = False, PRECISION = 'ieee', SKIPS = False,
 SOFTCAP = False, SUM_PRECISION = 'tf32', UPCAST = False, WINDOW = False
 
-Digest 6280e7f4d12261de1bf354670871e459f3bcc46ebedf1db3bb5d80657bf479cb.
+Digest fdcb2a3583669d8f1f8035a206e45983a49f1c3592ca51bd19987bd2e45f6840.
 """
 
 import triton
@@ -77,7 +77,7 @@ def selective_votes(
         penalty = received[None, :] + tl.dot(before, votes, input_precision='tf32')
         penalty = tl.where(penalty == float('inf'), penalty, tl.minimum(penalty, largest))
         # 0 where no head looks: backward writes in the place of the pairs that it visits, and reads all.
-        penalty = tl.where(j <= i + offset, penalty, 0.0)
+        penalty = tl.where(s == float('-inf'), 0.0, penalty)
         place = i.to(tl.int64) * stride_pm + j
         tl.store(Penalty + place, penalty.to(Penalty.dtype.element_ty), mask=(i < L) & (j < S))
         received += tl.sum(votes, 0)
