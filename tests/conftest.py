@@ -20,10 +20,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def on_the_device():
     """Tensors are made on the GPU if there is one."""
-    before = torch.get_default_device()
-    torch.set_default_device("cuda" if GPU else "cpu")
-    yield
-    torch.set_default_device(before)
+    with torch.device("cuda" if GPU else "cpu"):
+        yield
 
 
 @pytest.fixture
