@@ -1,5 +1,6 @@
 """Without a GPU triton interprets its kernels. It reads this when it is imported, so it is said before all tests."""
 
+import gc
 import os
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+# Tracing models leaves millions of objects behind, and to go over all of them takes seconds each time.
+gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

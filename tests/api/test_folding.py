@@ -67,7 +67,7 @@ def made(name: str, config: VariantConfig) -> Any:
         ("llama", SSAConfig()),
         pytest.param("llama", SIGMOID, marks=pytest.mark.slow),
         pytest.param("llama", SSAConfig(gate="shared", on="value"), marks=pytest.mark.slow),
-        ("sliding", SSAConfig()),
+        pytest.param("sliding", SSAConfig(), marks=pytest.mark.slow),
         pytest.param("llama", SelectiveSSAConfig(), marks=pytest.mark.slow),
     ],
 )

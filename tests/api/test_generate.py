@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, build
 from generation import IDS, LENGTH, MASK, PLACES, REAL, stepwise, whole
+from rows import rows
 from tiny import llama
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -89,7 +90,7 @@ def test_votes_are_counted_and_steps_equal_the_whole(inner: Any) -> None:
     assert not any(module._forward_hooks for module in model.modules() if "Attention" in type(module).__name__)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("name", rows(["gemma2", "gpt2", "gpt_neox"], quick=["gemma2"]))
 def test_other_families(name: str) -> None:
     """Windows and soft cap, another name of the argument, fused projections."""
     model = converted(build(BY_NAME[name], "eager"))

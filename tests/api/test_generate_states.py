@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generation import IDS, LENGTH, MASK, PLACES, stepwise, whole
+from rows import rows
 from tiny import llama
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
@@ -69,7 +70,7 @@ def caches(model: Any) -> list[Any]:
     return [DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=LENGTH + 2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rows(CASES, quick=("split heads", "shared", "sea")))
 def test_pieces_equal_the_whole(case: str) -> None:
     """Prefill in chunks, then steps, beside padding on the left."""
     model = made(*CASES[case])
@@ -92,8 +93,8 @@ MANNERS = {
 }
 
 
-@pytest.mark.parametrize("manner", MANNERS)
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("manner", rows(MANNERS, quick=("beams",)))
+@pytest.mark.parametrize("padded", rows([True, False], quick=[True]))
 def test_tokens_are_those_of_generation_without_a_cache(model: Any, padded: bool, manner: str) -> None:
     """Unpadded, transformers passes position ids and no mask: of one document."""
     mask = MASK[:, :9] if padded else torch.ones_like(MASK[:, :9])
@@ -152,7 +153,7 @@ def test_training_with_the_cache_that_models_make_by_default(case: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", ["routing", "shared", "normed", "sea"])
+@pytest.mark.parametrize("case", rows(["routing", "shared", "normed", "sea"], quick=["shared", "sea"]))
 def test_gradients_go_through_the_cache(case: str) -> None:
     """A loss over a sequence in two pieces has the gradients of the whole."""
     model, gradients = made(*CASES[case]), []

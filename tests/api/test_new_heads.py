@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build
+from rows import rows
 from spellings import WIDTH, NanoGPT
 from tiny import llama
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ def test_a_layer_computes_what_the_reference_computes(mode: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+@pytest.mark.parametrize("inner", rows(["aot_eager", "eager"], quick=["eager"]))
 def test_training_with_and_without_the_cache_that_models_make(mode: Any, inner: Any) -> None:
     model = converted(llama(num_hidden_layers=1), SelectiveConfig(mode))
     limits: Any = {"recompile_limit": 64, "isolate_recompiles": True}
@@ -180,6 +181,7 @@ def test_steps_equal_the_whole(config: Any) -> None:
     assert not torch.allclose(whole(model), expected, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_budgets() -> None:
     model = converted(llama(), SelectiveConfig("new-head"))
     assert torch.allclose(stepwise(model, SelectiveCache(model.config, LENGTH)), whole(model), atol=1e-5)
@@ -189,7 +191,10 @@ def test_budgets() -> None:
     assert [layer.state["vote_key"].shape[1] for layer in cache.layers] == [6, 9]
 
 
-@pytest.mark.parametrize(("name", "mode"), [("gemma2", "new-head"), ("gpt2", "new-head"), ("gpt_neox", "selector")])
+FAMILIES = [("gpt2", "new-head"), ("gemma2", "new-head"), ("gpt_neox", "selector")]
+
+
+@pytest.mark.parametrize(("name", "mode"), rows(FAMILIES, quick=FAMILIES[:1]))
 def test_other_families(name: str, mode: Any) -> None:
     """Windows and soft cap, another name of the argument, fused projections."""
     model = converted(build(BY_NAME[name], "eager"), SelectiveConfig(mode))

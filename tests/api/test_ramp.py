@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from rows import rows
 
 import attnrewrite
 from attnrewrite import AttnRewriteError, SelectiveConfig, SelectiveSSAConfig, VariantConfig
@@ -15,9 +16,10 @@ from attnrewrite import AttnRewriteError, SelectiveConfig, SelectiveSSAConfig, V
 IDS = torch.randint(96, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize(
-    "config", [SelectiveConfig("ramp", ramp_steps=4), SelectiveSSAConfig(mode="ramp", ramp_steps=4)]
-)
+CONFIGS = [SelectiveConfig("ramp", ramp_steps=4), SelectiveSSAConfig(mode="ramp", ramp_steps=4)]
+
+
+@pytest.mark.parametrize("config", rows(CONFIGS, quick=CONFIGS[:1]))
 def test_a_ramp_starts_as_the_model_and_ends_as_the_paper(config: VariantConfig, tmp_path: Path) -> None:
     """Step by step, and not beyond 1; the step is saved, and nothing of it is trained."""
     plain = tiny.llama().double()

@@ -285,6 +285,7 @@ def test_buffers_stay_wide_when_the_model_becomes_narrow() -> None:
 # --- several processes -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_on_both_batches(tmp_path: Path) -> None:
     mp.spawn(train_one_of_two, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
     model = routed(ready=False, dtype=torch.float32)

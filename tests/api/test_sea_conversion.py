@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Family, build, padded
+from rows import rows
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
@@ -44,9 +45,10 @@ def converted(family: Family, config: SEAConfig = SMALL, **inputs: Any) -> nn.Mo
     return model
 
 
-@pytest.mark.parametrize(
-    ("name", "rule"), [("llama", "exact"), ("llama", "paper"), ("gpt2", "exact"), ("bert", "exact")]
-)
+RULES = [("llama", "exact"), ("bert", "exact"), ("llama", "paper"), ("gpt2", "exact")]
+
+
+@pytest.mark.parametrize(("name", "rule"), rows(RULES, quick=RULES[:2]))
 def test_a_model_whose_keys_are_all_kept_is_its_host(name: str, rule: Any) -> None:
     """With k >= N and both factors at sigmoid(40) = 1 - 4e-18; padding on the left of one sequence."""
     family = BY_NAME[name]
@@ -82,7 +84,7 @@ def test_later_tokens_leave_earlier_rows_bit_identical() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", rows(["left", "right"], quick=["left"]))
 def test_padding_changes_no_real_token(name: str, side: str) -> None:
     family = BY_NAME[name]
     ids = family.inputs()["input_ids"]
@@ -155,7 +157,7 @@ def test_gradients_reach_the_estimator_where_the_definition_says() -> None:
     assert all(p.grad is not None and p.grad.any() for _, p in new_parameters(encoder))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", rows(["llama", "bert"], quick=["llama"]))
 def test_saved_and_loaded_bit_exact(name: str, tmp_path: Path) -> None:
     family = BY_NAME[name]
     model = build(family, "sdpa")
@@ -184,7 +186,7 @@ def test_conversion_is_deterministic_and_draws_nothing_from_the_global_generator
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", rows(["eager", "aot_eager"], quick=["aot_eager"]))
 def test_compiled_by_the_user_it_is_the_same(inner: str) -> None:
     model = converted(LLAMA)
     x = LLAMA.inputs()

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from rows import rows
 from safetensors.torch import load_file
 from symmetric_models import ALL, BY_NAME, SYMMETRIC, model_of, projections
 from torch import Tensor, nn
@@ -48,7 +49,9 @@ def with_keys_as_queries(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "opt", "gpt_neox", "llama with as many keys"])
+@pytest.mark.parametrize(
+    "name", rows(["bert", "gpt2", "opt", "gpt_neox", "llama with as many keys"], quick=["bert", "opt"])
+)
 def test_a_model_whose_keys_are_its_queries_stays_the_same_function(name: str) -> None:
     model, inputs = model_of(name)
     model = with_keys_as_queries(model.double())
@@ -152,13 +155,16 @@ def test_a_model_that_was_moved_is_restored_where_it_is() -> None:
 # --- decoding, padding, training --------------------------------------------------------------------------
 
 
-def conversions() -> list[Any]:
-    cases = [("llama", ALL), ("llama with as many keys", SYMMETRIC), ("gpt2", SYMMETRIC), ("gpt2", ALL)]
-    cases += [("llama", SymmetricConfig(max_error=1.0, mask_self=True))]
-    return [pytest.param(name, config, id=f"{name}-{config.form}-{config.mask_self}") for name, config in cases]
+CONVERSIONS = [
+    ("llama", ALL),
+    ("gpt2", SYMMETRIC),
+    ("llama with as many keys", SYMMETRIC),
+    ("gpt2", ALL),
+    ("llama", SymmetricConfig(max_error=1.0, mask_self=True)),
+]
 
 
-@pytest.mark.parametrize(("name", "config"), conversions())
+@pytest.mark.parametrize(("name", "config"), rows(CONVERSIONS, quick=CONVERSIONS[:2]), ids=str)
 def test_decoding_with_a_cache_equals_the_whole_pass(name: str, config: SymmetricConfig) -> None:
     model, inputs = model_of(name)
     model.generation_config.eos_token_id = None
@@ -243,7 +249,7 @@ def test_a_copy_has_its_own_weights_and_one_shared_projection() -> None:
 # --- options ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", ["full", "symmetric", "diag"])
+@pytest.mark.parametrize("form", rows(["full", "symmetric", "diag"], quick=["symmetric"]))
 @pytest.mark.parametrize("init", ["normal", "scaled", "identity"])
 def test_matrices_to_train_from_scratch(init: Any, form: Any) -> None:
     model, inputs = model_of("llama")
@@ -273,7 +279,7 @@ def test_identity_starts_as_symmetric_attention_of_the_keys() -> None:
     torch.testing.assert_close(second(**inputs)[0], expected)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "gpt_neox"])
+@pytest.mark.parametrize("name", rows(["bert", "gpt2", "llama", "gpt_neox"], quick=["gpt_neox"]))
 def test_a_fit_to_data_is_closer_on_these_data(name: str) -> None:
     """In the inputs' norm the fit with data has the smaller error, and the outputs are nearer to the original's."""
     distances, errors = [], []
