@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_support import CAUSAL, compare, drawn, temperatures
+from dense_support import CAUSAL, compare, drawn, normal, temperatures
 
 from attnrewrite import functional
 from attnrewrite.kernels import strips
@@ -206,8 +206,8 @@ class TestOnKernels:
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("alibi", [True, False])
     def test_symmetric(self, pairwise, causal, alibi):
-        shared, value = (made(1, 2, 40, 16, seed=n).detach().float().requires_grad_() for n in range(2))
-        pair = made(2, 16, 16, seed=2).detach().float().requires_grad_() if pairwise else None
+        shared, value = (normal((1, 2, 40, 16), n).requires_grad_() for n in range(2))
+        pair = normal((2, 16, 16), 2).requires_grad_() if pairwise else None
         sinks = torch.tensor([0.5, -1.0]).requires_grad_()
         slopes = torch.tensor([0.5, 0.25]).requires_grad_() if alibi else None
         learn = [x for x in (shared, value, pair, sinks, slopes) if x is not None]
