@@ -8,6 +8,7 @@ import pytest
 import torch
 from families import FAMILIES, build
 from generation import IDS, LENGTH, stepwise, whole
+from rows import rows
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import (
@@ -68,7 +69,7 @@ def lengths(cache: Any) -> list[int]:
     return [layer.keys.shape[2] for layer in cache.layers]
 
 
-@pytest.mark.parametrize("build_", [mistral, *(pytest.param(x, marks=pytest.mark.slow) for x in (bloom, gpt_neo))])
+@pytest.mark.parametrize("build_", rows([mistral, bloom, gpt_neo], quick=[mistral]))
 def test_a_call_of_all_equals_steps(build_: Any) -> None:
     model, in_place = made(build_), {"in_place": build_ is not mistral}
     enough, held = (WINDOW, WINDOW - 1) if build_ is mistral else (LENGTH, LENGTH)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from generation import IDS, LENGTH, MASK, PLACES, stepwise, whole
+from rows import rows
 from tiny import llama
 from transformers import (
     DynamicCache,
@@ -61,16 +62,16 @@ def made(name: str, config: VariantConfig) -> Any:
     return model
 
 
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("llama", SSAConfig()),
-        pytest.param("llama", SIGMOID, marks=pytest.mark.slow),
-        pytest.param("llama", SSAConfig(gate="shared", on="value"), marks=pytest.mark.slow),
-        pytest.param("sliding", SSAConfig(), marks=pytest.mark.slow),
-        pytest.param("llama", SelectiveSSAConfig(), marks=pytest.mark.slow),
-    ],
-)
+FOLDED = [
+    ("llama", SSAConfig()),
+    ("llama", SIGMOID),
+    ("llama", SSAConfig(gate="shared", on="value")),
+    ("sliding", SSAConfig()),
+    ("llama", SelectiveSSAConfig()),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), rows(FOLDED, quick=FOLDED[:1]))
 def test_pieces_equal_the_whole(name: str, config: VariantConfig) -> None:
     """Beside padding on the left; in a window of four, which keys leave that still count."""
     model = made(name, config)
@@ -103,9 +104,7 @@ def test_the_cache_holds_values_times_their_temperatures() -> None:
 SAMPLING = {"do_sample": True, "temperature": 2.0}
 
 
-@pytest.mark.parametrize(
-    "manner", [{"num_beams": 3}, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, SAMPLING))]
-)
+@pytest.mark.parametrize("manner", rows([{}, SAMPLING, {"num_beams": 3}], quick=[{"num_beams": 3}]))
 def test_tokens_are_those_of_generation_without_a_cache(manner: dict[str, Any]) -> None:
     model, found = made("llama", SSAConfig()), []
     for cache in ({"use_cache": False}, {}, {"cache_implementation": "static"}):

@@ -49,10 +49,7 @@ MANNERS = {
 }
 
 
-_OTHERS = [pytest.param(manner, marks=pytest.mark.slow) for manner in ("greedy", "sampling")]
-
-
-@pytest.mark.parametrize("manner", ["beams", *_OTHERS])
+@pytest.mark.parametrize("manner", rows(["greedy", "sampling", "beams"], quick=["beams"]))
 def test_tokens_are_those_of_generation_without_a_cache(model: Any, manner: str) -> None:
     settings = {**MANNERS[manner], "output_logits": True, "return_dict_in_generate": True}
     found = []
@@ -74,7 +71,7 @@ def test_a_prompt_without_padding_in_a_cache_of_fixed_size(model: Any) -> None:
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", rows(["eager", "aot_eager"], quick=["eager"]))
 def test_votes_are_counted_and_steps_equal_the_whole(inner: Any) -> None:
     model = converted(llama(num_hidden_layers=1))
     limits: Any = {"recompile_limit": 64, "isolate_recompiles": True}

@@ -25,6 +25,7 @@ from routing_conversion_support import (
     train_one_of_two,
     trained,
 )
+from rows import rows
 
 import attnrewrite
 from attnrewrite import AttnRewriteError, RoutingConfig, SelectiveConfig, SSAConfig, VariantConfig
@@ -42,10 +43,10 @@ def _fresh_dynamo() -> None:
 # --- the function ----------------------------------------------------------------------------------------
 
 
-_OTHERS = [pytest.param(*case, marks=pytest.mark.slow) for case in (("gpt2", False), ("bert", True))]
+HOSTS = [("llama", True), ("gpt2", False), ("bert", True)]
 
 
-@pytest.mark.parametrize(("name", "padding"), [("llama", True), *_OTHERS])
+@pytest.mark.parametrize(("name", "padding"), rows(HOSTS, quick=HOSTS[:1]))
 def test_one_cluster_as_wide_as_the_sequence_is_the_host_model(name: str, padding: bool) -> None:
     """C = 1, w = N, raw and not shared, in float64; padded rows are no part of it."""
     inputs = inputs_of(name, padding=padding)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rows import rows
 from safetensors.torch import load_file, save_file
 from spellings import WIDTH, NanoGPT
 from symmetric_models import ALL, SYMMETRIC, model_of, untouched
@@ -30,10 +31,10 @@ def _fresh_dynamo() -> None:
     torch.manual_seed(0)
 
 
-_OTHERS = [pytest.param(name, ALL, marks=pytest.mark.slow) for name in ("bert", "gpt_neox")]
+SAVED = [("llama", ALL), ("gpt2", SYMMETRIC), ("bert", ALL), ("gpt_neox", ALL)]
 
 
-@pytest.mark.parametrize(("name", "config"), [("llama", ALL), ("gpt2", SYMMETRIC), *_OTHERS], ids=str)
+@pytest.mark.parametrize(("name", "config"), rows(SAVED, quick=SAVED[:2]), ids=str)
 def test_saved_and_loaded_alone_or_into_the_base(tmp_path: Path, name: str, config: SymmetricConfig) -> None:
     model, inputs = model_of(name)
     base = copy.deepcopy(model)
