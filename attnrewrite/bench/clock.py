@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 Tick = Callable[[str, int, int], None]
 """Called with a label, the steps done and the steps in all."""
@@ -60,15 +60,6 @@ def interleave(
                 taken[name].append(seconds)
     tick(label, warmup + rounds, warmup + rounds)
     return taken
-
-
-def quantile(samples: Sequence[float], part: float) -> float:
-    """Return a quantile, with linear interpolation."""
-    ordered = sorted(samples)
-    place = part * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def rounded(value: float) -> float:

@@ -11,11 +11,12 @@ import torch
 
 from attnrewrite.bench.attentions import Attention
 from attnrewrite.bench.case import DECODE, FORWARD, Case, Setting, flops
-from attnrewrite.bench.clock import Tick, quantile, rounded, wall
+from attnrewrite.bench.clock import Tick, rounded, wall
 from attnrewrite.bench.contest import NO_TIME, Contest, hold, reason
 from attnrewrite.bench.memory import bounded
 from attnrewrite.kernels.dense.choice import Kernels
 from attnrewrite.kernels.tuning.clock import CudaClock
+from attnrewrite.kernels.tuning.quantile import quantile
 
 ROUNDS = 50
 """Enough for any median; slow cases end earlier, by their share of the budget."""

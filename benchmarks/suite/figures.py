@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from attnrewrite.bench.clock import quantile, rounded
+from attnrewrite.bench.clock import rounded
+from attnrewrite.kernels.tuning.quantile import quantile
 
 
 @dataclass(frozen=True)

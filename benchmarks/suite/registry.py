@@ -122,7 +122,7 @@ ENTRIES = {
             "How near is a tuned configuration to the best of all, and do tuners agree?",
             "tuning_search",
             {
-                "cpu": {"kernels": 100, "sigmas": [0.05, 0.08, 0.12], "tuners": 8},
+                "cpu": {"kernels": 300, "sigmas": [0.05, 0.08, 0.12], "tuners": 8},
                 "smoke": {"kernels": 2, "sigmas": [0.05], "tuners": 2},
             },
         ),

@@ -63,6 +63,11 @@ def two_clocks(source: random.Random, moment: float) -> float:
     return (1 + abs(source.gauss(0, 0.01))) * (1.06 if int(moment * 3) % 2 else 1)
 
 
+def jitter(source: random.Random, moment: float) -> float:
+    """Err both ways by half a percent."""
+    return 1 + source.gauss(0, 0.005)
+
+
 NOISES = {"calm": calm, "rough": rough, "spiky": spiky, "drifting": drifting, "two clocks": two_clocks}
 
 
@@ -138,7 +143,7 @@ def problems(count: int) -> Iterator[Problem]:
     for number in range(count):
         name = LOOPS[number % len(LOOPS)]
         B, H, Hkv, N = SHAPES[number // len(LOOPS) % len(SHAPES)]
-        width = (64, 128, 64, 256)[number // (len(LOOPS) * len(SHAPES)) % 4]
+        width = (64, 128, 256)[(number // len(LOOPS) + number // (len(LOOPS) * len(SHAPES))) % 3]
         variant = number % 5
         shape = Shape(
             *(B, H, Hkv, N, N, width, width),
@@ -158,4 +163,4 @@ def problems(count: int) -> Iterator[Problem]:
             flags=pairs({"CAUSAL": shape.causal}),
             bucket=bucket({"heads": B * H, "L": N, "S": N}),
         )
-        yield Problem(of, shape, SPACES[name], tuple(configs(name, width, 16)))
+        yield Problem(of, shape, SPACES[name], configs(name, width, 16)[0])

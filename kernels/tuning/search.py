@@ -22,6 +22,7 @@ from attnrewrite.kernels.tuning.cost import Rates, occupancy, predict
 from attnrewrite.kernels.tuning.device import Device
 from attnrewrite.kernels.tuning.estimate import estimated
 from attnrewrite.kernels.tuning.halving import Rung, halve
+from attnrewrite.kernels.tuning.quantile import quantile
 from attnrewrite.kernels.tuning.winner import winner
 from attnrewrite.kernels.tuning.work import Shape
 
@@ -38,18 +39,22 @@ class Effort(NamedTuple):
 EFFORTS = {
     "model": Effort(24, (), 0, 60.0),
     "quick": Effort(8, (Rung(4, 3), Rung(2, 10)), 40, 20.0),
-    "full": Effort(24, (Rung(12, 8), Rung(4, 16), Rung(2, 40)), 600, 120.0),
+    "full": Effort(24, (Rung(12, 8), Rung(4, 16), Rung(2, 40)), 2400, 120.0),
 }
 """By the mode of tuning; "model" times nothing."""
 
 
+_DOUBTFUL = 60
+"""Registers that spill, as estimated: with so few the compiler may yet do without."""
+
+
 class Problem(NamedTuple):
-    """One kernel for calls of one size. ``first`` are configurations that are considered in any case."""
+    """One kernel for calls of one size. ``first`` is considered in any case, where there is such a configuration."""
 
     key: Key
     shape: Shape
     space: Iterable[Config]
-    first: tuple[Config, ...]
+    first: Config | None
 
 
 class Bench(Protocol):
@@ -160,17 +165,20 @@ class _Search:
                 self.outcome.used[config] = used
 
     def worth_compiling(self) -> list[Config]:
-        """Return the first configurations, then those that look best by estimated resources."""
-
-        def expected(config: Config) -> float:
-            guess = estimated(self.problem.key.kernel, config, self.problem.shape)
-            return math.inf if guess.spills else self.predicted(config, guess)
-
-        first = list(self.problem.first)
-        others = [config for config in self.problem.space if config not in first and not self.failed(config)]
-        finite = [(expected(config), config) for config in others]
-        ordered = [config for seconds, config in sorted(finite) if seconds < math.inf]
-        return [config for config in first if not self.failed(config)][:1] + ordered[: self.effort.compiled - 1]
+        """Return the first configuration, then what looks best by estimated resources; some may turn out to spill."""
+        kernel, shape = self.problem.key.kernel, self.problem.shape
+        default = self.problem.first
+        first = [] if default is None or self.failed(default) else [default]
+        guessed = []
+        for config in self.problem.space:
+            guess = estimated(kernel, config, shape)
+            if guess.spills <= _DOUBTFUL and config not in first and not self.failed(config):
+                guessed.append((self.predicted(config, guess), config, guess.spills > 0))
+        ranked = [(config, doubtful) for seconds, config, doubtful in sorted(guessed) if seconds < math.inf]
+        room = self.effort.compiled - len(first)
+        doubtful = [config for config, doubted in ranked[:room] if doubted][: room // 3]
+        safe = [config for config, doubted in ranked if not doubted]
+        return first + safe[: room - len(doubtful)] + doubtful
 
     def failed(self, config: Config) -> bool:
         timing = self.known.get(pairs(config._asdict()))
@@ -213,9 +221,9 @@ class _Search:
 
     def measure(self) -> None:
         wanted = self.ranked[: self.effort.rungs[0].candidates]
-        default = self.problem.first[0] if self.problem.first else None
-        if default in self.ranked and default not in wanted:
-            wanted[-1] = self.problem.first[0]
+        default = self.problem.first
+        if default is not None and default in self.ranked and default not in wanted:
+            wanted[-1] = default
         candidates = []
         for config in wanted:
             status = self.bench.check(config) if self.in_time() else None
@@ -256,7 +264,7 @@ class _Search:
         self.outcome.seconds = self.clock() - self.start
         for config, runs in self.samples.items():
             self.note(config, "ok")
-            low, high = _quantile(runs, 0.2), _quantile(runs, 0.8)
+            low, high = quantile(runs, 0.2), quantile(runs, 0.8)
             self.outcome.timings[config] = replace(
                 self.outcome.timings[config],
                 median=_ms(statistics.median(runs)),
@@ -270,11 +278,6 @@ class _Search:
         most = max(map(len, self.samples.values()))
         last = {config: runs for config, runs in self.samples.items() if len(runs) >= most - 1}
         self.outcome.winner, self.outcome.band = winner(last, self.outcome.used)
-
-
-def _quantile(runs: Sequence[float], part: float) -> float:
-    ordered = sorted(runs)
-    return ordered[round(part * (len(ordered) - 1))]
 
 
 def _ms(seconds: float) -> float:

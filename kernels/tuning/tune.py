@@ -47,7 +47,7 @@ def tune(
         if not mine or (not among and stored(store, key)):
             return None
         known = {} if among else store.timings(key, space)
-        first = () if among else tuple(configs(key.kernel, _widest(key), task.shape.bits))
+        first = None if among else configs(key.kernel, _widest(key), task.shape.bits)[0]
         allowed = space if task.descriptors else replace(space, descriptors=(False,))
         problem = Problem(key, task.shape, among or allowed, first)
 

@@ -12,6 +12,8 @@ from attnrewrite.kernels.generation.resources import Resources
 
 BAND = 0.01
 """What is slower by up to about this part counts as equally fast."""
+_FASTEST = 0.05
+"""The part of all runs that tells how long a kernel takes."""
 _RESAMPLED = 100
 
 
@@ -30,30 +32,30 @@ def winner(samples: Samples, used: Mapping[Config, Resources]) -> tuple[Config, 
 
 
 def settled(samples: Samples, used: Mapping[Config, Resources]) -> bool:
-    """Whether other rounds would have told the same: the winner of rounds that are drawn again (bootstrap)."""
+    """Whether other rounds would have told the same: the winner by halves of the rounds, drawn many times."""
     source = random.Random(0)  # statistics, no secret
     rounds = range(min(map(len, samples.values())))
     found, _ = winner(samples, used)
     for _ in range(_RESAMPLED):
-        chosen = source.choices(rounds, k=len(rounds))
-        if winner({config: [runs[at] for at in chosen] for config, runs in samples.items()}, used)[0] != found:
+        half = source.sample(rounds, -(-len(rounds) // 2))
+        if winner({config: [runs[at] for at in half] for config, runs in samples.items()}, used)[0] != found:
             return False
     return True
 
 
 def relative(samples: Samples) -> dict[Config, float]:
-    """Return how long each takes beside the fastest: the median over all rounds.
+    """Return how long each takes beside the fastest, by the mean of its fastest runs.
 
-    What slows down the device for a while slows down both.
+    What disturbs a run makes it slower, so that the fastest ones vary least (Chen and Revels, arXiv 1608.04295); as all
+    run in turns, each meets the device at its best.
     """
-    rounds = [statistics.median(runs) for runs in zip(*samples.values(), strict=False)]
-    beside = {config: _ratio(runs, rounds) for config, runs in samples.items()}
-    fastest = samples[min(beside, key=beside.__getitem__)]
-    return {config: _ratio(runs, fastest) for config, runs in samples.items()}
+    times = {config: _fastest(runs) for config, runs in samples.items()}
+    best = min(times.values())
+    return {config: time / best for config, time in times.items()}
 
 
-def _ratio(runs: Sequence[float], others: Sequence[float]) -> float:
-    return statistics.median_low([mine / theirs for mine, theirs in zip(runs, others, strict=False)])
+def _fastest(runs: Sequence[float]) -> float:
+    return statistics.fmean(sorted(runs)[: max(1, round(_FASTEST * len(runs)))])
 
 
 def _winner(times: Mapping[Config, float], used: Mapping[Config, Resources]) -> tuple[Config, float]:

@@ -55,6 +55,12 @@ def test_order_of_configurations_does_not_matter(drift, source):
     assert winner(dict(mixed), USED) == winner(samples, USED)
 
 
+def test_what_disturbs_a_run_tells_nothing():
+    times = relative({A: [1.0, 1.9, 1.0, 3.0], B: [5.0, 1.04, 1.2, 1.04]})
+    assert abs(times[B] - 1.04) < 1e-12
+
+
 def test_settled_where_noise_is_small_beside_the_gap():
     assert settled({A: [1.0, 1.001, 0.999] * 5, B: [1.1, 1.101, 1.099] * 5}, USED)
-    assert not settled({A: [1.0, 1.3, 0.8] * 3, B: [1.1, 0.8, 1.3] * 3}, USED)
+    assert not settled({A: [1.0, 1.3, 1.2] * 3, B: [1.1, 1.1, 1.1] * 3}, USED)
+    assert not settled({A: [1.0, *[1.2] * 8], B: [1.1] * 9}, USED)

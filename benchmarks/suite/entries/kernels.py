@@ -14,7 +14,7 @@ import torch._dynamo
 import torch._functorch.config
 
 from attnrewrite.bench.case import FORWARD, Case, Setting, flops
-from attnrewrite.bench.clock import quantile, rounded, wall
+from attnrewrite.bench.clock import rounded, wall
 from attnrewrite.bench.contest import Contest, hold, reason
 from attnrewrite.bench.memory import peak
 from attnrewrite.functional import kernels
@@ -23,6 +23,7 @@ from attnrewrite.kernels.tuning.calibration import Point, fit, misfit
 from attnrewrite.kernels.tuning.clock import CudaClock
 from attnrewrite.kernels.tuning.cost import Rates
 from attnrewrite.kernels.tuning.device import H200, Device, present
+from attnrewrite.kernels.tuning.quantile import quantile
 from suite.beforehand import beforehand
 from suite.figures import Figure, Goal, Result, ratio
 from suite.goals import CASES, EAGER_SELECTIVE, GOALS, MEMORY, PLAIN, SELECTIVE, SSA, Aim

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from attnrewrite.bench.clock import interleave
-from suite.figures import Figure, Result, quantile
+from attnrewrite.kernels.tuning.quantile import quantile
+from suite.figures import Figure, Result
 from suite.llama import Logits, token_ids
 
 if TYPE_CHECKING:
