@@ -19,9 +19,10 @@ from attnrewrite.kernels.visibility import four_dimensional
 class Call:
     """Attention of ``query`` ``[B, H, L, D]`` to ``key`` ``[B, Hkv, S, D]`` and ``value`` ``[B, Hkv, S, Dv]``.
 
-    ``penalty`` ``[B, L, S]``, times the number ``strength``, is taken off the base-2 logits of all heads, and ``death``
-    ``[B, S]`` in int32 is the first row from which on it leaves a key nothing; queries are multiplied with ``pair``
-    ``[H, D, D]``; ``query_temperature`` ``[B, H, L]`` and ``value_temperature`` ``[B, Hkv, S]`` come together.
+    ``penalty`` ``[B, L, S]`` is taken off the base-2 logits of all heads, and ``death`` ``[B, S]`` in int32 is the
+    first row from which on it leaves a key nothing; ``strength`` is the number by which votes count; queries are
+    multiplied with ``pair`` ``[H, D, D]``; ``query_temperature`` ``[B, H, L]`` and ``value_temperature``
+    ``[B, Hkv, S]`` come together.
     """
 
     query: Tensor

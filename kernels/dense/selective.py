@@ -63,8 +63,9 @@ class Selection:
 class Votes:
     """What the votes of some queries do.
 
-    ``penalty`` ``[B, L, S]`` is F log2(e); ``received`` ``[B, S]`` are the votes after the last query; ``death``
-    ``[B, S]`` the first row from which on a key counts for nothing, None where that is not known.
+    ``penalty`` ``[B, L, S]`` is F log2(e), times the strength if not ``exact``; ``received`` ``[B, S]`` are the votes
+    after the last query; ``death`` ``[B, S]`` the first row from which on a key counts for nothing, None where that is
+    not known.
     """
 
     penalty: Tensor
@@ -87,8 +88,11 @@ def selective_forward(call: Call, who: Selection, recent: int = 1) -> tuple[Tens
     for rows in spans(call):
         part = call.rows(rows)
         votes = count(part, who, exact=recent > 1)
+        penalty = votes.penalty
+        if recent > 1:
+            penalty = torch.where(penalty.isinf(), torch.inf, penalty * call.strength)
         attend = decode if few(part) else forward
-        outs.append(attend(dataclasses.replace(part, penalty=votes.penalty, death=votes.death)))
+        outs.append(attend(dataclasses.replace(part, penalty=penalty, death=votes.death)))
         first = max(rows.start, L - recent)
         if first < rows.stop:
             after.append(votes.penalty[:, first - rows.start + 1 :].float() / LOG2E)
@@ -223,9 +227,11 @@ def spans(call: Call) -> Iterator[slice]:
 
 
 def count(call: Call, who: Selection, *, exact: bool = False, cleared: bool = False) -> Votes:
-    """Count the votes of the queries of a call. The penalty has 16 bit for 16-bit inputs, if not ``exact``.
+    """Count the votes of the queries of a call.
 
-    It is 0 for pairs that positions hide if ``exact`` or ``cleared``, and else for them whatever lay there.
+    The penalty has 16 bit for 16-bit inputs, if not ``exact``: then it is in float32, without the strength, and nothing
+    is said about deaths. It is 0 for pairs that positions hide if ``exact`` or ``cleared``, and else for them whatever
+    lay there.
     """
     B, _, _, L, S = call.sizes
     dtype = torch.float32 if exact or call.query.dtype == torch.float32 else torch.float16
@@ -233,10 +239,11 @@ def count(call: Call, who: Selection, *, exact: bool = False, cleared: bool = Fa
     penalty = make(B, L, -(-S // _ROW) * _ROW, dtype=dtype, device=call.query.device)[:, :, :S]
     received = torch.empty_like(who.earlier)
     limit = death = None
-    if skips(call, who):
+    if skips(call, who) and not exact:
         limit, death = _limit(call), torch.empty(B, S, dtype=torch.int32, device=call.query.device)
     own = who.voter(call)
     more = {
+        "Strength": received.new_ones(()) if exact else call.strength,
         "Penalty": penalty,
         "Received": received,
         "Limit": limit,

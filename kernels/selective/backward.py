@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from attnrewrite.kernels import strips
-from attnrewrite.kernels.selective.ballot import Ballot
+from attnrewrite.kernels.selective.ballot import Ballot, lessened
 from attnrewrite.kernels.strips import Gradients
 from attnrewrite.kernels.visibility import accumulation_dtype
 
@@ -79,9 +80,9 @@ def gradients(
         part = strips.strip(q, k, attn_mask, how, rows, cols)
         own = ballot.logits(part, voter)
         penalty = ballot.penalty(part, own, states.pop())
-        by_logit = total.through_weights(part, part.logits - strength * penalty.unsqueeze(1), g, v, delta, how)
+        by_logit = total.through_weights(part, lessened(part.logits, penalty, strength), g, v, delta, how)
         summed = by_logit.sum(1)  # [B, rows, cols]
-        by_gamma -= (summed * penalty).sum()
+        by_gamma -= torch.where(summed == 0, 0.0, summed * penalty).sum()  # infinite where a key was evicted
         by_vote = ballot.by_logits(part, own, -strength * summed, later)
         if ballot.selector is None:
             by_logit[:, ballot.head] += by_vote

@@ -127,6 +127,14 @@ def first_state(like: Tensor, votes: Tensor | None) -> Tensor:
     return like.new_zeros(like.shape[0], like.shape[2]) if votes is None else votes.to(like.dtype, copy=True)
 
 
+def lessened(logits: Tensor, penalty: Tensor, strength: Tensor) -> Tensor:
+    """Return logits ``[B, H, rows, cols]`` less the penalty ``[B, rows, cols]`` times ``strength``.
+
+    An infinite one leaves -inf, whatever the strength is: the key was evicted.
+    """
+    return logits - torch.where(penalty.isinf(), torch.inf, strength * penalty).unsqueeze(1)
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -158,7 +166,7 @@ def attend(
             alive = survivors(penalty, seen_by(seen, ballot.head), own, ballot.protected, live, cols, budget)
             penalty = penalty.masked_fill(~alive, 0.0)
             seen = alive.unsqueeze(1) if seen is None else seen & alive.unsqueeze(1)
-        weights = masked_softmax(part.logits - strength * penalty.unsqueeze(1), seen, how.sinks)
+        weights = masked_softmax(lessened(part.logits, penalty, strength), seen, how.sinks)
         kept = how.kept(weights, rows)
         weights = weights if kept is None else weights * kept
         out[:, :, rows] = strips.per_group(weights, v[:, :, cols]).to(out.dtype)

@@ -22,7 +22,6 @@ def attention_backward_keys(
     Mask,  # [B, H, L, S], any stride may be 0
     Penalty,  # [B, L, S], times log2(e)
     Death,  # [B, S], the first row from which on a key counts for nothing
-    Strength,  # of the penalty, one number
     Slopes,  # [H]
     Seed,  # one int64
     stride_qb,
@@ -107,10 +106,8 @@ def attention_backward_keys(
         v = v.to(tl.float32)
     if TEMPERATURES:
         rho = tl.load(ValueTau + bh.to(tl.int64) * S + cols, mask=cols < S, other=0.0).to(tl.float32)
-    strength = 0.0
     if PENALTY:
         Penalty += b * stride_pb
-        strength = tl.load(Strength).to(tl.float32)
     if DESCRIPTORS:
         queries = tl.make_tensor_descriptor(
             Q + b * stride_qb, [H, L, D], [stride_qh, stride_qm, 1], [1, BLOCK_M, PAD_D]
@@ -207,7 +204,6 @@ def attention_backward_keys(
                         stride_mm,
                         stride_mn,
                         taken,
-                        strength,
                         PART != 1,
                         CAUSAL,
                         WINDOW,

@@ -18,7 +18,6 @@ def selective_backward_logits(
     Death,  # [B, S], the first row from which on a key counts for nothing
     Mask,  # [B, H, L, S], any stride may be 0
     Penalty,  # [B, L, S], times log2(e)
-    Strength,  # of the penalty, one number
     Slopes,  # [H]
     stride_qb,
     stride_qh,
@@ -100,7 +99,6 @@ def selective_backward_logits(
     inside = (i < L) & (j < S)
     pair = b * stride_pb + i.to(tl.int64) * stride_pm + j
     taken = tl.load(Penalty + pair, mask=inside & visited, other=0.0)
-    strength = tl.load(Strength).to(tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for h in tl.range(0, heads):
         hh = tl.cast(h, tl.int64)
@@ -142,7 +140,6 @@ def selective_backward_logits(
             stride_mm,
             stride_mn,
             0.0,
-            0.0,
             False,  # what positions hide is left out of the sum
             CAUSAL,
             WINDOW,
@@ -151,7 +148,7 @@ def selective_backward_logits(
             ALIBI,
             False,
         )
-        less = strength * taken.to(tl.float32) + lse[:, None]
+        less = taken.to(tl.float32) + lse[:, None]
         p = tl.exp2(s - less) if ADDED else tl.exp2(s * (scale * LOG2E) - less)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         total += p * (dp - delta[:, None])

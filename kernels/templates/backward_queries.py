@@ -24,7 +24,6 @@ def attention_backward_queries(
     Penalty,  # [B, L, S], times log2(e)
     Live,  # [B, blocks of rows, blocks of keys]: blocks of keys that count for a block of rows, in order
     Lives,  # [B, blocks of rows], how many
-    Strength,  # of the penalty, one number
     Slopes,  # [H]
     Seed,  # one int64
     stride_qb,
@@ -123,10 +122,8 @@ def attention_backward_queries(
         grad = grad.to(tl.float32)
     if MASK != "none":
         Mask += b * stride_mb + h * stride_mh
-    strength = 0.0
     if PENALTY:
         Penalty += b * stride_pb
-        strength = tl.load(Strength).to(tl.float32)
     slope = 0.0
     if ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32)
@@ -208,7 +205,6 @@ def attention_backward_queries(
                     stride_mm,
                     stride_mn,
                     taken,
-                    strength,
                     PART != 1,
                     CAUSAL,
                     WINDOW,

@@ -136,7 +136,6 @@ def selective_backward_votes(
             stride_mm,
             stride_mn,
             0.0,
-            0.0,
             True,
             CAUSAL,
             WINDOW,

@@ -104,8 +104,7 @@ def attention_decode(
     slope = 0.0
     if ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32)[:, None]
-    strength = 0.0
-    if PENALTY or VOTES:
+    if VOTES:
         strength = tl.load(Strength).to(tl.float32)
     if PENALTY:
         Penalty += b * stride_pb
@@ -153,7 +152,6 @@ def attention_decode(
             stride_mm,
             stride_mn,
             taken,
-            strength,
             True,
             CAUSAL,
             WINDOW,

@@ -20,7 +20,6 @@ def attention_forward(
     Penalty,  # [B, L, S], times log2(e)
     Live,  # [B, blocks of rows, blocks of keys]: blocks of keys that count for a block of rows, in order
     Lives,  # [B, blocks of rows], how many
-    Strength,  # of the penalty, one number
     Sinks,  # [H]
     Slopes,  # [H]
     Seed,  # one int64
@@ -118,10 +117,8 @@ def attention_forward(
         q = q.to(tl.float32)
     if MASK != "none":
         Mask += b * stride_mb + h * stride_mh
-    strength = 0.0
     if PENALTY:
         Penalty += b * stride_pb
-        strength = tl.load(Strength).to(tl.float32)
     slope = 0.0
     if ALIBI:
         slope = tl.load(Slopes + h).to(tl.float32)
@@ -206,7 +203,6 @@ def attention_forward(
                     stride_mm,
                     stride_mn,
                     taken,
-                    strength,
                     PART != 1,
                     CAUSAL,
                     WINDOW,

@@ -26,7 +26,6 @@ def scored(
     stride_mm,
     stride_mn,
     taken,  # a tile of the penalty
-    strength,  # of it
     MASKED: tl.constexpr,  # whether positions may hide a key of this tile
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -45,7 +44,7 @@ def scored(
         away = apart(rows, cols, offset, CAUSAL)
         s -= away * (slope * LOG2E)
     if PENALTY:
-        s -= strength * taken.to(tl.float32)
+        s -= taken.to(tl.float32)
     if MASK == "bias":
         added = tl.load(
             Mask + rows.to(tl.int64) * stride_mm + cols * stride_mn, mask=(rows < L) & (cols < S), other=0.0

@@ -14,8 +14,8 @@ def selective_votes(
     Protected,  # [B, S], keys on which nobody may vote
     Position,  # of the first query among the keys, one int64
     Limit,  # [B], at which penalty, times log2(e), no weight is left worth counting
-    Strength,  # of the penalty, one number
-    Penalty,  # [B, L, S], written: F times log2(e)
+    Strength,  # of F, one number
+    Penalty,  # [B, L, S], written: F times its strength times log2(e)
     Received,  # [B, S], written: votes after the last query
     Death,  # [B, S], written: the first row from which on a key counts for nothing; L if there is none
     Mask,  # [B, L, S], any stride may be 0
@@ -80,11 +80,12 @@ def selective_votes(
     if ALIBI:
         slope = tl.load(Slopes).to(tl.float32)
     received = tl.load(Earlier + b * S + cols, mask=cols < S, other=0.0) * LOG2E
+    evicted = received == float("inf")
+    strength = tl.load(Strength).to(tl.float32)
     if PLACED:
         offset = tl.load(Position).to(tl.int32)
     if SKIPS:
         limit = tl.load(Limit + b)
-        strength = tl.load(Strength).to(tl.float32)
         death = tl.zeros([BLOCK_N], tl.int32) + L
     before = (m[:, None] > m[None, :]).to(tl.float32)  # strictly earlier rows
 
@@ -119,7 +120,6 @@ def selective_votes(
             stride_mm,
             stride_mn,
             0.0,
-            0.0,
             True,
             CAUSAL,
             WINDOW,
@@ -132,8 +132,10 @@ def selective_votes(
             s = s * (scale * LOG2E)
         may_vote = (i + offset != j) & (i < L) & free[None, :]
         votes = tl.where(may_vote & ((s > 0.0) | (s != s)), s, 0.0)  # NaN stays NaN
-        penalty = received[None, :] + tl.dot(before, votes, input_precision=SUM_PRECISION)
-        penalty = tl.where(penalty == float("inf"), penalty, tl.minimum(penalty, largest))
+        penalty = (received[None, :] + tl.dot(before, votes, input_precision=SUM_PRECISION)) * strength
+        penalty = tl.where(penalty > largest, largest, penalty)  # NaN stays NaN
+        penalty = tl.where(penalty < -largest, -largest, penalty)
+        penalty = tl.where(evicted[None, :], float("inf"), penalty)
         # 0 where no head looks: backward writes in the place of the pairs that it visits, and reads all.
         if MASK == "bias" or MASK == "pairs":  # may hide from who votes what other heads see
             if CAUSAL:

@@ -206,8 +206,8 @@ WORK: dict[str, Callable[[Shape, Config], Work]] = {
 
 
 def _addends(s: Shape) -> int:
-    """Return the operations per pair that a penalty takes: scale, widen, fma."""
-    return 3 if s.penalty else 0
+    """Return the operations per pair that a penalty takes: widen, fma."""
+    return 2 if s.penalty else 0
 
 
 def _penalty_tile(s: Shape, M: int, N: int) -> int:

@@ -4,7 +4,7 @@ ALIBI = False, CAUSAL = True, D = 128, DROPOUT = False, DV = 128, GROUP = 1, MAS
 PAIR = False, PENALTY = True, PRECISION = 'ieee', SINKS = False, SKIPS = False, SOFTCAP = False, TEMPERATURES = False,
 UPCAST = False, WINDOW = True
 
-Digest dd44a450e08ad57c6505f7445b1d89ffba6d39eb7e89fad1d496c6eb2ca9a6a1.
+Digest 49c97e60ad8891bc59dbc088d25e8dff1a0c48b1f3e61c8225e8edb36f728f16.
 """
 
 import triton
@@ -21,7 +21,6 @@ def attention_forward(
     Out,  # [B, H, L, Dv]
     Lse,  # [B, H, L], in base 2
     Penalty,  # [B, L, S], times log2(e)
-    Strength,  # of the penalty, one number
     stride_qb,
     stride_qh,
     stride_qm,
@@ -71,9 +70,7 @@ def attention_forward(
     K += b * stride_kb + hk * stride_kh
     V += b * stride_vb + hk * stride_vh
     q = tl.load(Q + m[:, None] * stride_qm + d[None, :] * stride_qd, mask=m[:, None] < L - first_row, other=0.0)
-    strength = 0.0
     Penalty += b * stride_pb
-    strength = tl.load(Strength).to(tl.float32)
     if DESCRIPTORS:
         keys = tl.make_tensor_descriptor(K, [S, 128], [stride_kn, 1], [BLOCK_N, 128])
         values = tl.make_tensor_descriptor(V, [S, 128], [stride_vn, 1], [BLOCK_N, 128])
@@ -123,7 +120,7 @@ def attention_forward(
         else:
             taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s = s * (scale * LOG2E)
-        s -= strength * taken.to(tl.float32)
+        s -= taken.to(tl.float32)
         s = tl.where(j < S, s, float('-inf'))
         s = tl.where(j <= i + offset, s, float('-inf'))
         s = tl.where(j > i + offset - window, s, float('-inf'))
@@ -157,7 +154,7 @@ def attention_forward(
         else:
             taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s = s * (scale * LOG2E)
-        s -= strength * taken.to(tl.float32)
+        s -= taken.to(tl.float32)
         higher = tl.maximum(best, tl.max(s, 1))
         shift = tl.where(higher == float('-inf'), 0.0, higher)
         p = tl.exp2(s - shift[:, None])
@@ -196,7 +193,7 @@ def attention_forward(
         else:
             taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
         s = s * (scale * LOG2E)
-        s -= strength * taken.to(tl.float32)
+        s -= taken.to(tl.float32)
         s = tl.where(j < S, s, float('-inf'))
         s = tl.where(j <= i + offset, s, float('-inf'))
         s = tl.where(j > i + offset - window, s, float('-inf'))

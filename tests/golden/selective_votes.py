@@ -3,7 +3,7 @@
 ALIBI = False, CAUSAL = True, D = 64, MASK = 'none', PAD_D = 64, PLACED = False, PRECISION = 'ieee', SKIPS = False,
 SOFTCAP = False, SUM_PRECISION = 'tf32', UPCAST = False, WINDOW = False
 
-Digest fdcb2a3583669d8f1f8035a206e45983a49f1c3592ca51bd19987bd2e45f6840.
+Digest bc7f7b284db5357c938c4bd6f0ddacb240ecc7bcaccc2d89a241a6bab4fb441f.
 """
 
 import triton
@@ -18,7 +18,8 @@ def selective_votes(
     K,  # [B, S, D]
     Earlier,  # [B, S], votes that the keys have received before the first of these queries
     Protected,  # [B, S], keys on which nobody may vote
-    Penalty,  # [B, L, S], written: F times log2(e)
+    Strength,  # of F, one number
+    Penalty,  # [B, L, S], written: F times its strength times log2(e)
     Received,  # [B, S], written: votes after the last query
     stride_qb,
     stride_qm,
@@ -54,6 +55,8 @@ def selective_votes(
     Q += b * stride_qb
     Penalty += b * stride_pb
     received = tl.load(Earlier + b * S + cols, mask=cols < S, other=0.0) * LOG2E
+    evicted = received == float('inf')
+    strength = tl.load(Strength).to(tl.float32)
     before = (m[:, None] > m[None, :]).to(tl.float32)  # strictly earlier rows
 
     low = 0
@@ -74,8 +77,10 @@ def selective_votes(
         s = s * (scale * LOG2E)
         may_vote = (i + offset != j) & (i < L) & free[None, :]
         votes = tl.where(may_vote & ((s > 0.0) | (s != s)), s, 0.0)  # NaN stays NaN
-        penalty = received[None, :] + tl.dot(before, votes, input_precision='tf32')
-        penalty = tl.where(penalty == float('inf'), penalty, tl.minimum(penalty, largest))
+        penalty = (received[None, :] + tl.dot(before, votes, input_precision='tf32')) * strength
+        penalty = tl.where(penalty > largest, largest, penalty)  # NaN stays NaN
+        penalty = tl.where(penalty < -largest, -largest, penalty)
+        penalty = tl.where(evicted[None, :], float('inf'), penalty)
         # 0 where no head looks: backward writes in the place of the pairs that it visits, and reads all.
         penalty = tl.where(s == float('-inf'), 0.0, penalty)
         place = i.to(tl.int64) * stride_pm + j

@@ -8,6 +8,7 @@ from attnrewrite.functional import SelectionState, selective_attention, selectiv
 from attnrewrite.kernels.dense import selective
 from attnrewrite.kernels.dense.choice import kernels
 from attnrewrite.kernels.diagnostics import AttnRewriteError
+from attnrewrite.kernels.selective.step import step as selective_step
 
 pytestmark = [pytest.mark.triton, pytest.mark.usefixtures("on_the_device", "poisoned")]
 
@@ -29,6 +30,40 @@ def selecting(L, B=1, Ds=8, dtype=torch.float32, **shape):
 )
 def test_selector(shape, how):
     compare(selecting(**shape), is_causal=True, **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("strength", [-0.4, 0.0, 3.0])
+def test_strength(strength, dtype):
+    tensors = drawn(70, H=2, dtype=dtype)
+    compare({**tensors, "gamma": torch.tensor(strength, requires_grad=True)}, is_causal=True)
+
+
+@pytest.mark.parametrize("strength", [-0.4, 0.0, 3.0])
+@pytest.mark.parametrize(("steps", "recent"), [(1, 1), (3, 1), (3, 3)])
+def test_a_key_with_infinite_votes_takes_no_part(strength, steps, recent):
+    """It was evicted, whatever the strength is."""
+    votes = torch.zeros(1, 40)
+    votes[:, 5] = torch.inf
+    state = votes, torch.zeros(1, 40, dtype=torch.bool), None, None, None, None
+
+    def step(**changed):
+        tensors = {**drawn(40, H=2), "gamma": torch.tensor(strength, requires_grad=True)}
+        query, key, value, gamma = tensors.values()
+        with torch.no_grad():
+            value[:, :, 5] = changed.get("value", 1.0)
+        numbers = 0.25, 0.0, None, None, 0, True
+        out, received, _ = selective_step(query[:, :, -steps:], key, value, gamma, *state, *numbers, recent=recent)
+        assert (received[:, :, 5] == torch.inf).all()
+        return out, *(torch.autograd.grad(out.sum(), list(tensors.values())) if recent == 1 else ())
+
+    with kernels("triton"):
+        found = step()
+        for a, b in zip(found, step(value=1e4), strict=True):
+            assert torch.equal(a, b)
+    with kernels("reference"):
+        for a, b in zip(found, step(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["keys", "bias"])

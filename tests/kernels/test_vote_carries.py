@@ -117,10 +117,11 @@ def test_keys_that_count_for_nothing_are_not_visited(eager_to_skip, monkeypatch)
 def test_what_is_listed_is_what_still_counts(eager_to_skip):
     call, who = calls(drawn(200, B=2, strength=3.0))
     votes = selective.count(call, who)
-    penalty = votes.penalty * call.strength
     limit = selective._limit(call)
     for b in range(2):
-        first = [next((i for i in range(0, 200, 16) if penalty[b, i, j] > limit[b] and j < i), 200) for j in range(200)]
+        first = [
+            next((i for i in range(0, 200, 16) if votes.penalty[b, i, j] > limit[b] and j < i), 200) for j in range(200)
+        ]
         assert votes.death[b].tolist() == first
     listed = launch.live_blocks(dataclasses.replace(call, death=votes.death), Config(16, 16))
     for b in range(2):
