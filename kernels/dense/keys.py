@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from attnrewrite.kernels.store.device import device_of
 from attnrewrite.kernels.store.key import Device, Key, bucket, pairs
 
 if TYPE_CHECKING:
+    from attnrewrite.kernels.dense.call import Call
     from attnrewrite.kernels.dense.launch import Launch
     from attnrewrite.kernels.tuning.work import Shape
 
@@ -67,19 +69,25 @@ def sizes_of(launch: Launch) -> dict[str, int]:
 
 def shape_of(launch: Launch) -> Shape:
     """Return the call of a launch as the cost model has it."""
+    votes = launch.name in ("votes", "backward_votes") or "VOTES" in _on(launch)
+    penalty = launch.call.penalty is not None or votes
+    return replace(shape_of_call(launch.call), penalty=penalty, parts=launch.arguments.get("splits", 1))
+
+
+def shape_of_call(call: Call) -> Shape:
+    """Return a call of plain attention, SSA or selective attention as the cost model has it."""
     from attnrewrite.kernels.tuning.work import Shape
 
-    call = launch.call
     return Shape(
         *call.sizes,
         call.query.shape[3],
         call.value.shape[3],
         causal=call.how.is_causal,
         window=call.how.window,
-        bits=launch.bits,
-        penalty=call.penalty is not None or launch.name in ("votes", "backward_votes") or "VOTES" in _on(launch),
+        bits=8 * call.query.element_size(),
+        penalty=call.strength is not None,
         temperatures=call.query_temperature is not None,
-        parts=launch.arguments.get("splits", 1),
+        offset=call.how.offset,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,14 +16,12 @@ from torch import Tensor
 from attnrewrite.kernels.dense.call import Call, named
 from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.decode import Voting, decode, few
+from attnrewrite.kernels.dense.heights import strips_of
 from attnrewrite.kernels.dense.launch import NOTHING_MORE, Gradients, Wanted, backward, forward, run
 from attnrewrite.kernels.dense.voter import Selector, Voter, voter
 
-LARGEST_PENALTY = 1 << 29
-"""Bytes of the penalty of a strip."""
 _ROW = 16
 """Rows of the penalty start at multiples of so many entries, so that a tile is loaded in whole words."""
-_STRIP = 128
 SHORTEST_SKIP = 1024
 """From so many keys on it is worth finding out which of them count for nothing any more."""
 NEGLIGIBLE = 2.0**-24
@@ -78,19 +76,20 @@ def selective_forward(call: Call, who: Selection, recent: int = 1) -> tuple[Tens
 
     ``call`` has a strength.
     """
-    L = call.sizes[3]
+    L, strength = call.sizes[3], call.strength
+    assert strength is not None
     if in_passing(call, who):
         received = torch.empty_like(who.earlier)
         return *decode(call, Voting(who.earlier, who.protected, who.position, who.head, received)), received[:, None]
     if L == 0:
         return *forward(call), who.earlier[:, None].expand(-1, recent, -1).clone()
     outs, after = [], []
-    for rows in spans(call):
+    for rows in strips_of(call):
         part = call.rows(rows)
         votes = count(part, who, exact=recent > 1)
         penalty = votes.penalty
         if recent > 1:
-            penalty = torch.where(penalty.isinf(), torch.inf, penalty * call.strength)
+            penalty = torch.where(penalty.isinf(), torch.inf, penalty * strength)
         attend = decode if few(part) else forward
         outs.append(attend(dataclasses.replace(part, penalty=penalty, death=votes.death)))
         first = max(rows.start, L - recent)
@@ -131,7 +130,7 @@ def selective_backward(
     wanted: Wanted = NOTHING_MORE,
 ) -> SelectiveGradients:
     """Return the gradients. ``later`` ``[B, S]`` is that by the votes after the last query."""
-    parts = list(spans(call))
+    parts = list(strips_of(call))
     before = [who]
     for rows in parts[:-1]:
         before.append(before[-1].after(rows.stop - rows.start, count(call.rows(rows), before[-1]).received))
@@ -217,13 +216,6 @@ def _backward_strip(
     found.query[:, who.head] += by_voter
     found.key[:, who.head // (H // Hkv)] += selected.to(found.key.dtype)
     return result
-
-
-def spans(call: Call) -> Iterator[slice]:
-    """Yield the rows of each strip."""
-    B, _, _, L, S = call.sizes
-    height = max(1, LARGEST_PENALTY // (call.query.element_size() * max(1, B * S) * _STRIP)) * _STRIP
-    yield from (slice(start, min(L, start + height)) for start in range(0, max(1, L), height))
 
 
 def count(call: Call, who: Selection, *, exact: bool = False, cleared: bool = False) -> Votes:

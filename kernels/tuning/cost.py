@@ -85,17 +85,15 @@ def _arithmetic(
         """Return the seconds per tile of a multiprocessor that so many programs share."""
         return _tile(work.tile, config, shape, used, device, rates, programs)
 
-    start = rates.program
-    if work.longest == work.shortest and not shape.dead:
-        waves, rest = divmod(work.programs, device.sms * resident)
-        last = -(-rest // device.sms)
-        return waves * (resident * work.longest * tile(resident) + start) + (
-            last * work.longest * tile(last) + start if rest else 0.0
-        )
-    # Of programs of all lengths the long ones come first, so that the short ones fill what is left.
+    # Of programs of all lengths the long ones come first: full waves level out, the shortest ones are left over.
     crowd = min(resident, -(-work.programs // device.sms))
-    level = work.tiles / device.sms * tile(crowd) + work.programs / (device.sms * crowd) * start
-    return max(level, work.longest * (1 - shape.dead) * tile(1) + start)
+    waves, rest = divmod(work.programs, device.sms * crowd)
+    last = -(-rest // device.sms)
+    shortest, longest = (tiles * (1 - shape.dead) for tiles in (work.shortest, work.longest))
+    level = (work.tiles - rest * shortest) / device.sms * tile(crowd) + waves * rates.program
+    if rest:
+        level += last * shortest * tile(last) + rates.program
+    return max(level, longest * tile(1) + rates.program)
 
 
 def _tile(

@@ -20,6 +20,7 @@ class Shape:
 
     ``penalty`` and ``temperatures`` are those of selective attention and SSA; ``dead`` is the part of the tiles that
     need not be visited, because the penalty leaves nothing of them. ``parts``: into so many few queries split the keys.
+    Query i stands at position i + ``offset`` among the keys.
     """
 
     B: int
@@ -36,6 +37,7 @@ class Shape:
     temperatures: bool = False
     dead: float = 0.0
     parts: int = 1
+    offset: int = 0
 
     @property
     def size(self) -> int:
@@ -45,7 +47,8 @@ class Shape:
     @property
     def pairs(self) -> int:
         """Visible pairs of a query and a key, of one head."""
-        return _tiles(seen_by_rows, self.L, self.S, self.causal, self.window, 1, 1)[0]
+        behind = 0 if self.window is None else _clipped(self.offset + 1 - self.window, self.L, self.S)
+        return (_clipped(self.offset + 1, self.L, self.S) if self.causal else self.L * self.S) - behind
 
     @property
     def features(self) -> int:
@@ -225,38 +228,50 @@ def _backward_memory(s: Shape) -> float:
 
 
 def _by_rows(s: Shape, c: Config, heads: int, tile: Tile, memory: float) -> Work:
-    total, longest, shortest, blocks = _tiles(seen_by_rows, s.L, s.S, s.causal, s.window, c.block_m, c.block_n)
+    total, longest, shortest, blocks = _tiles(
+        seen_by_rows, s.L, s.S, s.offset, s.causal, s.window, c.block_m, c.block_n
+    )
     return Work(heads * blocks, heads * total * (1 - s.dead), longest, shortest, tile, memory)
 
 
 def _by_keys(s: Shape, c: Config, groups: int, inner: int, tile: Tile, memory: float) -> Work:
-    total, longest, shortest, blocks = _tiles(seeing_keys, s.S, s.L, s.causal, s.window, c.block_n, c.block_m)
+    total, longest, shortest, blocks = _tiles(seeing_keys, s.S, s.L, s.offset, s.causal, s.window, c.block_n, c.block_m)
     tiles = groups * inner * total * (1 - s.dead)
     return Work(groups * blocks, tiles, inner * longest, inner * shortest, tile, memory)
 
 
-Span = Callable[[int, int, int, bool, int | None], tuple[int, int]]
+Span = Callable[[int, int, int, int, bool, int | None], tuple[int, int]]
 
 
-def seen_by_rows(first: int, last: int, keys: int, causal: bool, window: int | None) -> tuple[int, int]:
+def seen_by_rows(first: int, last: int, keys: int, offset: int, causal: bool, window: int | None) -> tuple[int, int]:
     """Return the keys [low, high) that some row of ``first`` to ``last`` sees."""
-    low = 0 if window is None else max(0, first - window + 1)
-    return low, min(keys, last + 1) if causal else keys
+    low = 0 if window is None else max(0, first + offset - window + 1)
+    return low, min(keys, last + offset + 1) if causal else keys
 
 
-def seeing_keys(first: int, last: int, rows: int, causal: bool, window: int | None) -> tuple[int, int]:
+def seeing_keys(first: int, last: int, rows: int, offset: int, causal: bool, window: int | None) -> tuple[int, int]:
     """Return the rows [low, high) that see some key of ``first`` to ``last``."""
-    high = rows if window is None else min(rows, last + window)
-    return first if causal else 0, high
+    high = rows if window is None else min(rows, last + window - offset)
+    return max(0, first - offset) if causal else 0, high
+
+
+def _clipped(first: int, count: int, most: int) -> int:
+    """Return the sum of so many whole numbers from ``first`` on, each taken as at least 0 and at most ``most``."""
+
+    def up_to(last: int) -> int:
+        rising = min(max(last, 0), most)
+        return rising * (rising + 1) // 2 + max(0, last - most) * most
+
+    return up_to(first + count - 1) - up_to(first - 1)
 
 
 @functools.lru_cache(maxsize=4096)
 def _tiles(
-    span: Span, outer: int, inner: int, causal: bool, window: int | None, block: int, step: int
+    span: Span, outer: int, inner: int, offset: int, causal: bool, window: int | None, block: int, step: int
 ) -> tuple[int, int, int, int]:
     """Return the tiles of all blocks together, of the longest and of the shortest block, and the number of blocks."""
     counts = []
     for first in range(0, outer, block):
-        low, high = span(first, min(outer, first + block) - 1, inner, causal, window)
+        low, high = span(first, min(outer, first + block) - 1, inner, offset, causal, window)
         counts.append(max(0, -(-high // step) - low // step) if high > low else 0)
     return sum(counts), max(counts, default=0), min(counts, default=0), len(counts)

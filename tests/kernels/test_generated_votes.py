@@ -5,7 +5,7 @@ import torch
 from dense_support import compare, drawn, normal, outputs
 
 from attnrewrite.functional import SelectionState, selective_attention, selective_decode
-from attnrewrite.kernels.dense import selective
+from attnrewrite.kernels.dense import heights, selective
 from attnrewrite.kernels.dense.choice import kernels
 from attnrewrite.kernels.diagnostics import AttnRewriteError
 from attnrewrite.kernels.selective.step import step as selective_step
@@ -90,8 +90,8 @@ def test_strips_change_nothing(monkeypatch, voting):
     upstream = normal((1, 2, 70, 16), 7)
     with kernels("triton"):
         whole = outputs(selective_attention, tensors, upstream, {})
-        monkeypatch.setattr(selective, "LARGEST_PENALTY", 70 * 32 * 4)
-        monkeypatch.setattr(selective, "_STRIP", 16)
+        monkeypatch.setattr(heights, "LARGEST_PENALTY", 70 * 32 * 4)
+        monkeypatch.setattr(heights, "STEP", 16)
         for a, b in zip(outputs(selective_attention, tensors, upstream, {}), whole, strict=True):
             assert (a - b).norm() <= 2e-6 * max(1.0, b.norm())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnrewrite.functional import selective_attention, selective_decode
-from attnrewrite.kernels.dense import launch, selective, tuned
+from attnrewrite.kernels.dense import heights, launch, selective, tuned
 from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.choice import kernels
 from attnrewrite.kernels.dense.configs import Config
@@ -40,9 +40,9 @@ def test_strips_change_nothing(monkeypatch):
     tensors, upstream = drawn(70), above(70)
     with kernels("triton"):
         whole = outputs(tensors, upstream)
-        monkeypatch.setattr(selective, "LARGEST_PENALTY", 70 * 32 * 4)
-        monkeypatch.setattr(selective, "_STRIP", 16)
-        assert len(list(selective.spans(Call(*list(tensors.values())[:3], how=Options(0.25, True))))) == 3
+        monkeypatch.setattr(heights, "LARGEST_PENALTY", 70 * 32 * 4)
+        monkeypatch.setattr(heights, "STEP", 16)
+        assert len(list(heights.strips_of(Call(*list(tensors.values())[:3], how=Options(0.25, True))))) == 3
         close(outputs(tensors, upstream), whole)
 
 

@@ -9,14 +9,19 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from attnrewrite.kernels.dense.call import Call
 from attnrewrite.kernels.dense.catalogue import KERNELS
 from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.heights import rows_at_once
 from attnrewrite.kernels.dense.splits import split
 from attnrewrite.kernels.generation.resources import Resources
+from attnrewrite.kernels.strips import Options
 from attnrewrite.kernels.tuning.calibration import Point, fit, misfit
 from attnrewrite.kernels.tuning.cost import Rates, floor, occupancy, predict
 from attnrewrite.kernels.tuning.device import H200, described
+from attnrewrite.kernels.tuning.heights import best_height
 from attnrewrite.kernels.tuning.published import RATES, points
 from attnrewrite.kernels.tuning.work import WORK, Shape
 
@@ -34,9 +39,10 @@ def seconds(kernel="forward", config=USUAL, shape=P1, used=LEAN, device=H200, ra
 @pytest.mark.parametrize(("L", "S"), [(64, 64), (50, 70), (70, 50)])
 @pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize("causal", [True, False])
-def test_tiles_are_those_with_a_visible_pair(kernel, L, S, window, causal):
+@pytest.mark.parametrize("offset", [0, 21])
+def test_tiles_are_those_with_a_visible_pair(kernel, L, S, window, causal, offset):
     """As the kernels walk: from the tile of the first visible pair of a block to that of its last one."""
-    shape, config = Shape(1, 1, 1, L, S, 16, 16, causal, window), Config(32, 16)
+    shape, config = Shape(1, 1, 1, L, S, 16, 16, causal, window, offset=offset), Config(32, 16)
     rows = kernel == "forward"
     block, step = (config.block_m, config.block_n) if rows else (config.block_n, config.block_m)
     counts = []
@@ -44,14 +50,43 @@ def test_tiles_are_those_with_a_visible_pair(kernel, L, S, window, causal):
         inner = []
         for a, b in itertools.product(range(first, min(first + block, L if rows else S)), range(S if rows else L)):
             i, j = (a, b) if rows else (b, a)
-            if (not causal or j <= i) and (window is None or j > i - window):
+            if (not causal or j <= i + offset) and (window is None or j > i + offset - window):
                 inner.append(b // step)
         counts.append(max(inner) - min(inner) + 1 if inner else 0)
     work = WORK[kernel](shape, config)
     assert (work.tiles, work.longest, work.shortest) == (sum(counts), max(counts), min(counts))
 
 
-def test_pairs():
+@pytest.mark.parametrize(("window", "causal"), [(None, True), (7, True), (7, False), (None, False), (40, True)])
+@pytest.mark.parametrize("offset", [0, 5, 30])
+def test_pairs(window, causal, offset):
+    pairs = itertools.product(range(20), range(30))
+    seen = [j <= i + offset or not causal for i, j in pairs if window is None or j > i + offset - window]
+    assert Shape(1, 1, 1, 20, 30, 16, 16, causal, window, offset=offset).pairs == sum(seen)
+
+
+def test_strips_fill_the_device():
+    """Nine heads in strips of 4,096 rows would leave the second wave nearly empty."""
+    for heads, even in ((16, True), (9, False)):
+        shape = Shape(1, heads, heads, 65536, 65536, 64, 64, causal=True, penalty=True)
+        height = best_height(shape, 4096, 128, H200, BEST)
+        assert height % 128 == 0
+        assert (height == 4096) == even
+        assert height > 2048
+
+
+def test_queries_at_once():
+    """As many as fit; fewer only where the model has reasons."""
+    query = torch.empty(1, 9, 65536, 64, dtype=torch.bfloat16, device="meta")
+    call = Call(query, query, query, Options(0.125, True), strength=torch.ones(()))
+    assert rows_at_once(call, 1 << 29, None) == 4096
+    assert 2048 < rows_at_once(call, 1 << 29, H200) < 4096
+    assert rows_at_once(call, 1, H200) == 128
+    whole = Call(query[:, :, :4096], query[:, :, :4096], query[:, :, :4096], Options(0.125, True))
+    assert rows_at_once(whole, 1 << 29, H200) >= 4096
+
+
+def test_pairs_of_a_call():
     assert Shape(1, 1, 1, 10, 10, 16, 16, causal=True).pairs == 55
     assert Shape(1, 1, 1, 10, 10, 16, 16, causal=True, window=3).pairs == 27
     assert Shape(1, 1, 1, 10, 7, 16, 16).pairs == 70
