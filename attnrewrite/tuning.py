@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from attnrewrite.kernels.tuning.rates import fitted
 from attnrewrite.kernels.tuning.search import EFFORTS, Bench, Outcome
 from attnrewrite.kernels.tuning.tasks import Task, of_run
 from attnrewrite.kernels.tuning.tune import points, stored, tune, two_best
+from attnrewrite.kernels.tuning.workers import Workers
 
 if TYPE_CHECKING:
     from attnrewrite.loading import LoadedModel
@@ -118,6 +119,7 @@ class Session:
     verify: bool = False
     bench: Callable[[Task], Bench] | None = None
     """In the place of processes on the device."""
+    workers: Workers = field(default_factory=Workers)
 
     def tune(self, tasks: Sequence[Task], tell: Callable[[str, int], None]) -> list[Result]:
         """Tune every task, and fit the cost model to what was measured."""
@@ -130,6 +132,7 @@ class Session:
                 outcome = results[-1].outcome
                 measured += points(task, outcome) if outcome else []
         finally:
+            self.workers.close()
             if measured:
                 record = fitted(measured, self.place.facts, tasks[0].key, time.time())
                 if record is not None:
@@ -147,17 +150,16 @@ class Session:
             return Result(task, "stored")
         effort = EFFORTS[self.effort]
         effort = effort if left is None else effort._replace(seconds=min(left, effort.seconds))
-        if self.bench is not None:
-            return self._result(task, self.bench(task), effort, among)
-        with WorkerBench(task.recipe, task.key.kernel, str(self.place.device), task.key.target) as bench:
-            return self._result(task, bench, effort, among)
-
-    def _result(self, task: Task, bench: Bench, effort: Any, among: Sequence[Any]) -> Result:
-        outcome = tune(task, self.place.facts, bench, self.store, effort, among=among)
+        outcome = tune(task, self.place.facts, self._bench(task), self.store, effort, among=among)
         if outcome is None:
             return Result(task, "elsewhere")
         timed = outcome.winner is not None and outcome.timings[outcome.winner].status == "ok"
         return Result(task, "tuned" if timed else "failed", outcome)
+
+    def _bench(self, task: Task) -> Bench:
+        if self.bench is not None:
+            return self.bench(task)
+        return WorkerBench(task.recipe, task.key.kernel, str(self.place.device), task.key.target, self.workers)
 
 
 def _sizes(task: Task) -> str:

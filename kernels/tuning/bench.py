@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from queue import SimpleQueue
-from typing import Any, Self, cast
+from typing import Any, cast
 
 from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.sample import Recipe
 from attnrewrite.kernels.generation.resources import Resources
 from attnrewrite.kernels.store.record import Status
-from attnrewrite.kernels.tuning.child import WORKER, Child, WorkerDiedError
+from attnrewrite.kernels.tuning.child import Child, WorkerDiedError
 from attnrewrite.kernels.tuning.search import BenchError
+from attnrewrite.kernels.tuning.workers import Workers
 
 _BEGIN, _COMPILE, _CHECK, _RUN = 180.0, 120.0, 60.0, 30.0
 """Seconds until an answer. The first run of a configuration compiles it, unless triton's cache has it."""
-_MOST_COMPILERS = 16
 
 
 class WorkerBench:
     """A ``search.Bench`` for kernel ``name`` of the call that ``recipe`` makes on ``device``, compiled for ``target``.
 
-    A candidate that ends the worker or lets it hang has failed; another worker does the next one. Raises BenchError
-    where the call itself cannot be made.
+    A candidate that ends a worker or lets it hang has failed; another one does the next. The workers are those of one
+    bench at a time. Raises BenchError where the call itself cannot be made.
     """
 
     def __init__(
@@ -35,28 +34,21 @@ class WorkerBench:
         name: str,
         device: str,
         target: str,
-        command: Sequence[str] = WORKER,
+        workers: Workers,
         patience: float = 1.0,
         tick: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.recipe, self.name, self.device, self.target = recipe, name, device, target
-        self.command, self.patience, self.tick = command, patience, tick
-        self._worker = Child(command)
+        self.workers, self.patience, self.tick = workers, patience, tick
         self._launch: dict[str, Any] = {}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._worker.close()
-
     def compile(self, configs: Sequence[Config], seconds: float) -> Mapping[Config, Resources | None]:
-        """Compile in as many processes as there are processors."""
+        """Compile side by side."""
         self._begun()
-        count = max(1, min(len(configs), os.cpu_count() or 1, _MOST_COMPILERS))
         children: SimpleQueue[Child] = SimpleQueue()
-        for _ in range(count):
-            children.put(Child(self.command))
+        compilers = self.workers.compilers(len(configs))
+        for child in compilers:
+            children.put(child)
         end = time.monotonic() + seconds
 
         def one(config: Config) -> tuple[Config, Resources | None] | None:
@@ -70,12 +62,8 @@ class WorkerBench:
             finally:
                 children.put(child)
 
-        try:
-            with ThreadPoolExecutor(count) as pool:
-                return dict(filter(None, pool.map(one, configs)))
-        finally:
-            for _ in range(count):
-                children.get().close()
+        with ThreadPoolExecutor(len(compilers)) as pool:
+            return dict(filter(None, pool.map(one, configs)))
 
     def check(self, config: Config) -> Status:
         """Run on a slice."""
@@ -104,18 +92,19 @@ class WorkerBench:
 
     def _ask(self, what: str, seconds: float, config: Config) -> dict[str, Any]:
         self._begun()
-        return self._worker.ask(self.patience * seconds, do=what, config=config)
+        return self.workers.runner.ask(self.patience * seconds, do=what, config=config)
 
     def _begun(self) -> None:
-        """Have a worker that knows the call."""
-        if self._worker.alive:
+        """Have a runner that knows the call."""
+        runner = self.workers.runner
+        if self._launch and runner.alive:
             return
         call = {"recipe": asdict(self.recipe), "kernel_name": self.name, "device": self.device}
         try:
-            answer = self._worker.ask(self.patience * _BEGIN, do="begin", **call)
+            answer = runner.ask(self.patience * _BEGIN, do="begin", **call)
         except WorkerDiedError as failure:
             raise BenchError(f"the call cannot be made: {failure}") from failure
         if "why" in answer:
-            self._worker.close()
+            runner.close()
             raise BenchError(f"the call cannot be made: {answer['why']}")
         self._launch = answer

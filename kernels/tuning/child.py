@@ -38,6 +38,9 @@ class Child:
         except (OSError, EOFError, ValueError) as cause:
             self.close()
             raise WorkerDiedError(f"exit code {process.returncode}") from cause
+        except BaseException:  # an answer for which nobody waited would be taken for the next one
+            self.close()
+            raise
         return answer
 
     @property

@@ -81,6 +81,15 @@ def run(state: dict[str, Any], config: list[Any]) -> dict[str, Any]:
     return {"seconds": state["runs"][chosen]()}
 
 
+def rest(state: dict[str, Any]) -> dict[str, Any]:
+    """Give the memory of the device back."""
+    place = state.get("place")
+    state.clear()
+    if place is not None and place.type == "cuda":
+        torch.cuda.empty_cache()
+    return {}
+
+
 def compile_(
     state: dict[str, Any],
     name: str,
@@ -102,7 +111,13 @@ def compile_(
     return {"used": asdict(used)}
 
 
-_DO: dict[str, Callable[..., dict[str, Any]]] = {"begin": begin, "check": check, "run": run, "compile": compile_}
+_DO: dict[str, Callable[..., dict[str, Any]]] = {
+    "begin": begin,
+    "check": check,
+    "run": run,
+    "rest": rest,
+    "compile": compile_,
+}
 
 
 def _launch(sample: Sample, name: str) -> Launch:

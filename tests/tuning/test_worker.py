@@ -16,6 +16,7 @@ from attnrewrite.kernels.generation.loading import load
 from attnrewrite.kernels.tuning.bench import WorkerBench
 from attnrewrite.kernels.tuning.child import Child, WorkerDiedError
 from attnrewrite.kernels.tuning.search import BenchError
+from attnrewrite.kernels.tuning.workers import Workers
 
 SMALL = Recipe(1, 2, 2, 40, 40, 16, 16, dtype="float32", scale=0.25, causal=True, learns=True)
 CONFIG, OTHER = Config(16, 16, 4, 1), Config(32, 16, 4, 2)
@@ -79,8 +80,8 @@ def test_a_slice_is_small_and_keeps_what_kernels_are_made_for():
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with WorkerBench(SMALL, "backward_keys", "cpu", "sm_90") as made:
-        yield made
+    with Workers() as workers:
+        yield WorkerBench(SMALL, "backward_keys", "cpu", "sm_90", workers)
 
 
 def test_a_worker_checks_and_times(bench):
@@ -89,6 +90,31 @@ def test_a_worker_checks_and_times(bench):
     assert bench.check(CONFIG) == "ok"
     assert bench.check(BY_TMA) == "ok"
     assert bench.time(BY_TMA) > 0
+
+
+def test_workers_stay_for_the_next_kernel(bench):
+    first = bench.workers.runner
+    assert bench.check(OTHER) == "ok"
+    process = first._process
+    bench.workers.rest()
+    other = WorkerBench(dataclasses.replace(SMALL, S=130, L=130), "forward", "cpu", "sm_90", bench.workers)
+    assert other.check(OTHER) == "ok"
+    assert other.workers.runner._process is process
+
+
+def test_an_interrupted_question_is_not_answered_to_the_next(monkeypatch):
+    """Ctrl-C while a worker runs: its answer would be taken for that to another question."""
+    with Child((sys.executable, "-c", FAULTY)) as child:
+        config = [128, 16]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Child, "_line", interrupted)
+            child.ask(20, do="check", config=config)
+        assert not child.alive
+        assert child.ask(20, do="begin") == {"given": {}, "types": {}, "values": {}}
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 def test_a_worker_compiles_ahead_of_time(monkeypatch):
@@ -128,8 +154,8 @@ for line in sys.stdin:
 
 @pytest.fixture
 def faulty():
-    with WorkerBench(SMALL, "forward", "cpu", "sm_90", (sys.executable, "-c", FAULTY), patience=0.03) as made:
-        yield made
+    with Workers((sys.executable, "-c", FAULTY)) as workers:
+        yield WorkerBench(SMALL, "forward", "cpu", "sm_90", workers, patience=0.03)
 
 
 def test_a_crash_or_a_hang_costs_one_candidate(faulty):
@@ -154,11 +180,10 @@ def test_no_time_to_compile(faulty):
 
 
 def test_a_call_that_cannot_be_made():
-    with (
-        WorkerBench(SMALL, "forward", "cpu", "sm_90", (sys.executable, "-c", "raise SystemExit(3)")) as broken,
-        pytest.raises(BenchError, match="exit code 3"),
-    ):
-        broken.check(CONFIG)
+    with Workers((sys.executable, "-c", "raise SystemExit(3)")) as workers:
+        broken = WorkerBench(SMALL, "forward", "cpu", "sm_90", workers)
+        with pytest.raises(BenchError, match="exit code 3"):
+            broken.check(CONFIG)
 
 
 def test_a_child_that_does_not_speak_json():
