@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +15,7 @@ from attnrewrite.passes.attention.site import SiteTensors
 from attnrewrite.passes.facts.projection import projection
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.folding import cached_values, fold, new_values
-from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
+from attnrewrite.passes.rules.sdpa import attention_arguments, check_terms, common_dtype
 from attnrewrite.passes.rules.steps import continues, put, real_tokens, step_mask
 
 
@@ -52,26 +51,15 @@ class SSARule:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
             # Off the kernels, scaled operands for torch's fused operator are faster than an operator of our own.
             attend = op.ssa_attention if generated(q, v) else ssa_attention
-            return attend(q, k, v, *_temperatures(t, request), **_arguments(t, q.dtype))
+            given = attention_arguments(t, q.dtype)
+            return attend(q, k, v, *_temperatures(t, request), dropout_p=t.site.dropout, **given)
 
         def continued(t: SiteTensors) -> torch.Tensor:
             query, value = tempered(t, request)
             q, k, v = common_dtype(query, t.key(), value)
-            return attention(q, k, v, **_arguments(t, q.dtype))
+            return attention(q, k, v, dropout_p=t.site.dropout, **attention_arguments(t, q.dtype))
 
         return continued if "index" in request.state else ssa
-
-
-def _arguments(t: SiteTensors, dtype: torch.dtype) -> dict[str, Any]:
-    mask, is_causal = mask_arguments(t, dtype)
-    return {
-        "attn_mask": mask,
-        "dropout_p": t.site.dropout,
-        "is_causal": is_causal,
-        "scale": t.site.scores.alpha,
-        "enable_gqa": t.grouped,
-        "softcap": t.site.scores.softcap,
-    }
 
 
 def tempered(t: SiteTensors, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
