@@ -7,43 +7,34 @@ from torch import fx
 from attnrewrite.passes.attention.form import Attention, Operand
 from attnrewrite.passes.attention.softmax import CASTS
 from attnrewrite.passes.graph.axes import AxisError, Layout, backward, flat, same, symbols
-from attnrewrite.passes.graph.nodes import is_node, op, tensor
+from attnrewrite.passes.graph.nodes import is_node, op
 
-_FILLED = {f"{prefix}{name}" for name in ("zeros", "ones", "full") for prefix in ("", "new_")} | {
-    f"{name}_like" for name in ("zeros", "ones", "full")
-}
+_FILLED = {"zeros", "ones", "full"}
+_FILLED |= {f"new_{name}" for name in _FILLED} | {f"{name}_like" for name in _FILLED}
 
 
 def per_head(site: Attention) -> Operand | None:
-    """Return the value that holds one number per head, or one for all, and its layout; None where there is none.
+    """Return a value that holds one number per head, or one for all, and its layout; None where there is none.
 
-    Axes that are no heads have the layout ``()``: every index along them gives the same.
+    Along all axes but those of heads, every index gives the same.
     """
     sink = site.scores.sink
     if sink is None:
         return None
-    node, layout = sink.node, sink.layout
-    while (moved := _before(node, layout)) is not None:
-        node, layout = moved
+    node, layout = _source(sink.node, sink.layout)
+    read = Operand(node, layout)
+    while op(node) in CASTS and is_node(node.args[0]):
+        node, layout = _source(node.args[0], layout)
     heads = set(flat(site.kv_heads + site.groups))
-    if op(node) in _FILLED:
-        return Operand(node, tuple(() for _ in layout))
-    if any(s not in heads and not same(s.size, 1) for s in symbols(layout)):
-        return None
-    return Operand(node, tuple(tuple(s for s in flat(dim) if s in heads) for dim in layout))
+    alike = op(node) in _FILLED or all(s in heads or same(s.size, 1) for s in symbols(layout))
+    return read if alike else None
 
 
-def _before(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout] | None:
-    """Step back through a move of axes, or through a cast between floats: operators compute in their own precision."""
+def _source(node: fx.Node, layout: Layout) -> tuple[fx.Node, Layout]:
+    """Return what ``node`` is moved or expanded from, and its layout."""
     try:
-        moved = backward(layout, node)
+        while (moved := backward(layout, node)) is not None:
+            node, layout = moved
     except AxisError:
-        return None
-    if moved is None and op(node) in CASTS and is_node(node.args[0]) and _is_float(node) and _is_float(node.args[0]):
-        return node.args[0], layout
-    return moved
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = tensor(node)
-    return value is not None and value.dtype.is_floating_point
+        pass
+    return node, layout

@@ -116,12 +116,12 @@ class SiteTensors:
         sinks = per_head(self.site)
         if sinks is None:
             return None
-        value, line = self.values[sinks.node], symbols(sinks.layout)
-        for dim in reversed(range(value.dim())):
-            value = value if sinks.layout[dim] else value.select(dim, 0)
-        value = value.reshape([self.size(symbol) for symbol in line])
-        heads = self.site.kv_heads + self.site.groups
-        return arrange(value, tuple((symbol,) for symbol in line), (flat(heads),), self.size)
+        line, heads = symbols(sinks.layout), flat(self.site.kv_heads + self.site.groups)
+        value = self.values[sinks.node].reshape([self.size(symbol) for symbol in line])
+        for dim in reversed(range(len(line))):
+            value = value if line[dim] in heads else value.select(dim, 0)
+        own = tuple((symbol,) for symbol in line if symbol in heads)
+        return arrange(value, own, (heads,), self.size)
 
     def sink_column(self, sink: Sink) -> torch.Tensor:
         """Return the column of scores that takes weight and gives no value, [B|1, H|1, L|1, 1]."""

@@ -91,7 +91,7 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     result = (site.output.meta["val"].stride(), site.output.meta["val"].dtype, _needs_strides(site.output))
     config = sorted(request.config.items())
     places = {symbol: n for n, symbol in enumerate(site.leaves())}
-    heads = None if sinks is None else [places[symbol] for symbol in symbols(sinks.layout)]
+    heads = None if sinks is None else [places.get(symbol) for symbol in symbols(sinks.layout)]
     return "\n".join(
         map(
             str,
