@@ -1,4 +1,4 @@
-"""Sinks: one more logit per head, which takes weight and gives no value, as models write it."""
+"""Sinks, one more logit per head that takes weight and gives no value; and what stays beside masks that have names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled import HEADS, WIDTH, Attention
+from families import FAMILIES, build, padded, text_inputs
 from torch import Tensor, nn
+from transformers import BloomConfig, BloomForCausalLM, MptConfig, MptForCausalLM
 
 import attnrewrite
+from attnrewrite.observation import observe
 from attnrewrite.passes.report import Report, Site
+from attnrewrite.passes.rules import sdpa
 
 LENGTH = 6
 
@@ -59,7 +63,9 @@ COLUMNS: dict[str, Callable[[WithSink, Tensor], Tensor]] = {
     "repeated": lambda m, x: m.sinks[None, :, None, None].repeat(x.shape[0], 1, x.shape[1], 1),
     "one for all": lambda m, x: m.sinks.sum(),
     "cast": lambda m, x: m.sinks[:, None, None].expand(HEADS, x.shape[1], 1).float().to(x.dtype),
-    "folded and cast": lambda m, x: m.sinks[:, None].expand(x.shape[0], HEADS, 1).flatten(0, 1).float().view(-1, HEADS, 1, 1),
+    "folded and cast": lambda m, x: (
+        m.sinks[:, None].expand(x.shape[0], HEADS, 1).flatten(0, 1).float().view(-1, HEADS, 1, 1)
+    ),
     "zeros": lambda m, x: x.new_zeros(x.shape[0], HEADS, x.shape[1], 1),
 }
 REFUSED: dict[str, Callable[[WithSink, Tensor], Tensor]] = {
@@ -162,3 +168,55 @@ def test_the_order_of_heads() -> None:
     compiled = torch.compile(both, backend=attnrewrite.Backend(inner="eager", strict=True))
     assert torch.allclose(compiled(x.double()), both(x.double()), rtol=1e-12)
 
+
+@pytest.mark.parametrize("column", [None, *REFUSED.values()])
+def test_what_is_observed_has_its_sink(column: Callable[[WithSink, Tensor], Tensor] | None) -> None:
+    """Also where no rewrite takes it."""
+    model, x, found, true = Masked(column).double(), hidden_first().double(), list[Tensor](), list[Tensor]()
+    model.o.register_forward_pre_hook(lambda _, inputs: true.append(inputs[0]))
+    model(x)
+    model.o._forward_pre_hooks.clear()
+    observe(model, [x], lambda at: found.append(sdpa.exact(at.tensors).transpose(1, 2).flatten(2)))
+    assert torch.allclose(found[0], true[0], rtol=1e-12)
+
+
+def handed(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what the exact rewrite hands to the operator in each layer, on any device."""
+    calls = list[dict[str, Any]]()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, **given: Any) -> Tensor:
+        calls.append(given)
+        return sdpa_attention(q, k, v, **given)
+
+    sdpa_attention = sdpa.attention
+    monkeypatch.setattr(sdpa, "attention", attention)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=attnrewrite.Backend(inner="eager", strict=True))
+    with torch.no_grad():
+        assert torch.allclose(compiled(**inputs)[0], model(**inputs)[0], atol=1e-5)
+    return calls
+
+
+def test_masks_beside_sinks_go_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = next(family for family in FAMILIES if family.name == "gpt_oss")
+    model, inputs = build(family, "eager"), family.inputs()
+    plain = handed(monkeypatch, model, inputs)
+    assert [(x["attn_mask"], x["is_causal"], x["window"]) for x in plain] == [(None, True, 8), (None, True, None)]
+    assert [tuple(x["sinks"].shape) for x in plain] == [(HEADS,)] * 2
+    for given, window in zip(handed(monkeypatch, model, padded(inputs)), (8, None), strict=True):
+        assert (given["attn_mask"].dtype, tuple(given["attn_mask"].shape)) == (torch.bool, (2, 1, 1, 12))
+        assert (given["is_causal"], given["window"]) == (True, window)
+
+
+POSITIONAL = {
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=HEADS)),
+    "mpt": lambda: MptForCausalLM(MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=HEADS, max_seq_len=64)),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_alibi_stays_one_row_beside_a_causal_flag(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    (given,) = handed(monkeypatch, POSITIONAL[name]().eval(), text_inputs())
+    batch = 2 if name == "bloom" else 1
+    assert (tuple(given["attn_mask"].shape), given["is_causal"]) == ((batch, HEADS, 1, 12), True)
