@@ -23,7 +23,7 @@ from attnrewrite.passes.rules.selector import (
     selector_tensors,
     whole_head,
 )
-from attnrewrite.passes.rules.steps import check_causal, held, step_mask
+from attnrewrite.passes.rules.steps import check_causal, held, step_mask, whole_mask
 
 _NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
 
@@ -163,7 +163,7 @@ def _arguments(t: SiteTensors, request: Request) -> dict[str, Any]:
 
 def _mask(t: SiteTensors, *, whole: bool) -> torch.Tensor | None:
     """Return the mask [B|1, H|1, L|1, S]: boolean, or a bias. Over a ``whole`` sequence, causality is a flag."""
-    return t.beside_positions() if whole else step_mask(t)
+    return whole_mask(t) if whole else step_mask(t)
 
 
 def _newest(t: SiteTensors) -> torch.Tensor | None:

@@ -43,8 +43,20 @@ def seen_keys(t: SiteTensors) -> torch.Tensor | None:
     seen, bias = t.visible(), t.bias()
     if bias is None or t.site.visibility.bias_is_small:
         return seen
-    shown = bias > max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2)
+    shown = ~_hides(bias)
     return shown if seen is None else seen & shown
+
+
+def whole_mask(t: SiteTensors) -> torch.Tensor | None:
+    """Return ``beside_positions``, with -inf where a bias that may be a mask hides keys."""
+    mask = t.beside_positions()
+    if mask is None or mask.dtype == torch.bool or t.site.visibility.bias_is_small:
+        return mask
+    return mask.masked_fill(_hides(mask), float("-inf"))
+
+
+def _hides(bias: torch.Tensor) -> torch.Tensor:
+    return bias <= max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2)
 
 
 def real_tokens(t: SiteTensors, mask: torch.Tensor | None) -> torch.Tensor:
