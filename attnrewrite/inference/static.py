@@ -53,7 +53,9 @@ class _Shifting(StaticSlidingWindowLayer):  # type: ignore[no-untyped-call]  # t
         kept = self.shifted(key_states.shape[-2])
         self.cumulative_length_int += key_states.shape[-2]
         if kept is None:
-            return StaticLayer.update(self, key_states, value_states)  # type: ignore[no-any-return]  # untyped there
+            return StaticLayer.update(self, key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
         keys = torch.cat((self.keys[:, :, kept], key_states), -2)
         values = torch.cat((self.values[:, :, kept], value_states), -2)
         self.keys, self.values = keys[:, :, -self.max_cache_len :], values[:, :, -self.max_cache_len :]
