@@ -38,7 +38,8 @@ def _index(module: torch.nn.Module) -> Any:
 
 
 def _adopted(cache: Any, module: torch.nn.Module, hook: EnterHook) -> Any:
-    from attnrewrite.inference.layers import KINDS, StateLayer
+    from attnrewrite.inference.layers import StateLayer
+    from attnrewrite.inference.static import KINDS
 
     index, optional = _index(module), hook.config.state_is_optional
     replicated = cache.layer_class_to_replicate

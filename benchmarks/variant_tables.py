@@ -100,6 +100,22 @@ class SoftCapped(Layer):
         return scores.masked_fill(later, float("-inf")).softmax(-1) @ v
 
 
+class WithSinks(Layer):
+    """Causal attention with one more logit per head, which takes weight and gives no value, as in GPT-OSS."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.sinks = nn.Parameter(torch.zeros(heads))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend, [B, H, L, D]."""
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        later = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        column = self.sinks.view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        joined = torch.cat([scores.masked_fill(later, float("-inf")), column], -1)
+        return joined.softmax(-1)[..., :-1] @ v
+
+
 class Continued(Layer):
     """Causal attention behind keys and values of earlier calls, [B, H, P, D], which take the place of a mask."""
 
@@ -151,6 +167,7 @@ def cases() -> dict[str, tuple[nn.Module, tuple[Any, ...]]]:
         "bidirectional, grouped heads": (Layer(**small, kv_heads=2, enable_gqa=True), (x,)),
         "causal, ALiBi": (Masked("causal, ALiBi"), (x,)),
         "causal, soft cap": (SoftCapped(**small), (x,)),
+        "causal, sinks": (WithSinks(**small), (x,)),
         "any mask": (Layer(**small), (x, None, torch.rand(2, 1, 12, 12) > 0.3)),
         "cross-attention": (Layer(**small), (x, longer)),
         "queries that continue a cache": (Continued(**small), (x, None, torch.randn(2, 4, 5, 8))),

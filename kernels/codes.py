@@ -278,9 +278,11 @@ _ALL = [
     Diagnostic(
         "AR401",
         "no fused implementation",
-        "The site is recognised, but no fused operator computes it on this device; the original operations stay.",
+        "The site is recognised, but no fused operator of torch or of this library computes it; the original "
+        "operations stay.",
         "nothing to do; the result is exact either way",
-        nearest="a positive scale, biases, and masks that fill with the dtype's lowest number or -inf",
+        nearest="a positive scale, biases, sinks of one number per head, and masks that fill with the dtype's lowest "
+        "number or -inf",
     ),
     Diagnostic(
         "AR402",

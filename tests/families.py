@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
@@ -118,6 +120,18 @@ def _gemma2(impl: str) -> nn.Module:
     return Gemma2ForCausalLM(config)
 
 
+def _gpt_oss(impl: str) -> nn.Module:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8, **_SIZES, **_TEXT}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = GptOssConfig(attn_implementation=impl, rope_parameters=rope, **sizes, **experts)
+    model = GptOssForCausalLM(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("sinks"):
+            nn.init.normal_(weight)
+    return model
+
+
 _T5_LAYERS = (
     *_paths("encoder.block.{}.layer.0.SelfAttention"),
     "decoder.block.0.layer.0.SelfAttention",
@@ -151,6 +165,14 @@ FAMILIES = [
         kv_heads=2,
         scale=256**-0.5,
         softcap=50.0,
+        implementations=("eager",),
+    ),
+    Family(
+        "gpt_oss",
+        _gpt_oss,
+        _paths("model.layers.{}.self_attn"),
+        ("window", "causal"),
+        kv_heads=2,
         implementations=("eager",),
     ),
 ]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from attnrewrite.kernels.diagnostics import error
 
@@ -230,36 +230,3 @@ class SlidingStateLayer(DynamicStateLayer, DynamicSlidingWindowLayer):  # type: 
         kept = self.keys.shape[-2]
         self.state = {name: held[:, -kept:] for name, held in self.state.items()}
         self.after = {name: held[:, :, -kept:] for name, held in self.after.items()}
-
-
-class StaticStateLayer(StateLayer, StaticLayer):  # type: ignore[no-untyped-call]  # transformers has no types here
-    """A layer of fixed size."""
-
-    def __init__(self, max_cache_len: int, config: VariantConfig) -> None:
-        super().__init__(max_cache_len)
-        self.config = config
-        self.state, self.summary = {}, {}
-
-    @classmethod
-    def like(cls, layer: Any, config: VariantConfig) -> StaticStateLayer:
-        """Return an empty layer in the place of an ordinary one, for the state of a variant."""
-        return cls(layer.max_cache_len, config)
-
-    def extend(self, fresh: Mapping[str, Tensor], summed: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Write behind the keys that are held; ``position`` says where."""
-        first = next(iter(fresh.values()))
-        self.awaited, device = first.shape[1], first.device
-        position = self.cumulative_length.to(device, copy=True)  # the layer counts on in place
-        for name, new in fresh.items():
-            if name not in self.state:
-                self.state[name] = new.new_zeros(new.shape[0], self.max_cache_len, *new.shape[2:])
-            self.state[name].index_copy_(1, torch.arange(new.shape[1], device=device) + position, new)
-        return {**self.state, "position": position}
-
-
-KINDS: dict[type, Any] = {
-    DynamicLayer: DynamicStateLayer,
-    DynamicSlidingWindowLayer: SlidingStateLayer,
-    StaticLayer: StaticStateLayer,
-}
-"""An ordinary layer -> the one that takes its place."""

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnrewrite.passes.attention.form import Attention, Leaf, Term
-from attnrewrite.passes.graph.axes import Layout, Symbol, arrange, flat, prod_of, size_of
+from attnrewrite.passes.attention.form import Attention, Leaf, Sink, Term
+from attnrewrite.passes.attention.sinks import per_head
+from attnrewrite.passes.graph.axes import Layout, Symbol, arrange, flat, prod_of, size_of, symbols
 
 
 def nodes_read(site: Attention) -> list[fx.Node]:
@@ -23,6 +24,8 @@ def nodes_read(site: Attention) -> list[fx.Node]:
     nodes += [node for node, _, _ in site.scores.factors]
     nodes += [term.node for term in [*site.scores.terms, *seen.terms, *seen.bias]]
     nodes += [gate.node for gate in site.gates]
+    sink = site.scores.sink
+    nodes += [] if sink is None else [(per_head(site) or sink).node]
     nodes += [leaf.node for leaf in [*seen.padding, *seen.dense, *seen.documents]]
     return [node for node in dict.fromkeys(nodes) if node.graph is site.output.graph]
 
@@ -108,6 +111,22 @@ class SiteTensors:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
+    def sinks(self) -> torch.Tensor | None:
+        """Return one more logit per head, [H], or None where there is none, or no such."""
+        sinks = per_head(self.site)
+        if sinks is None:
+            return None
+        line, heads = symbols(sinks.layout), flat(self.site.kv_heads + self.site.groups)
+        value = self.values[sinks.node].reshape([self.size(symbol) for symbol in line])
+        for dim in reversed(range(len(line))):
+            value = value if line[dim] in heads else value.select(dim, 0)
+        own = tuple((symbol,) for symbol in line if symbol in heads)
+        return arrange(value, own, (heads,), self.size)
+
+    def sink_column(self, sink: Sink) -> torch.Tensor:
+        """Return the column of scores that takes weight and gives no value, [B|1, H|1, L|1, 1]."""
+        return self._masklike(sink.node, sink.layout)
+
     def result(self, out: torch.Tensor) -> torch.Tensor:
         """Bring the attention's result [B, H, L, Dv], times its gates, to the layout and dtype of the site's output."""
         wanted = self.site.output.meta["val"].dtype
@@ -168,6 +187,16 @@ class SiteTensors:
         if facts.window is not None:
             grid = grid & (j > i - facts.window)
         return grid[None, None]
+
+    def beside_positions(self) -> torch.Tensor | None:
+        """Return what the named part of the mask leaves out, as one mask [B|1, H|1, L|1, S|1], or None.
+
+        It is boolean, or a bias in which hidden keys are -inf.
+        """
+        seen, bias = self._all([*self.site.visibility.padding, *self.site.visibility.documents]), self.bias()
+        if bias is None or seen is None:
+            return seen if bias is None else bias
+        return bias.masked_fill(~seen, float("-inf"))
 
     def bias(self) -> torch.Tensor | None:
         """Return the additive terms that are no mask, [B|1, H|1, L|1, S|1], or None."""

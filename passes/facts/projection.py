@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -38,7 +39,8 @@ _ELEMENTWISE = {
     "rms_norm",
 }
 _VIEWS = (MOVES - {"expand", "slice", "repeat_interleave", "repeat"}) | {"unbind"}
-_PIECES = {"slice", "narrow", "split", "split_with_sizes", "chunk", "getitem", "tensor_split", "select"}
+_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split"}
+_PIECES = {"slice", "narrow", "getitem", "select", *_SPLITS}
 
 
 def projection(site: Attention, role: Literal["query", "key"], *, newest: bool = False) -> Operand:
@@ -132,8 +134,12 @@ def _inputs(operand: Operand, inner: Dim) -> list[Operand]:
     try:
         if op(node) in ("slice", "narrow") and is_node(node.args[0]):
             dim = int(argument(node, 1, "dim", 0)) % len(layout)
-            whole = same(shape(node)[dim], shape(node.args[0])[dim])
-            return [Operand(node.args[0], layout if whole else _fresh_axis(layout, dim, node.args[0]))]
+            uncut = same(shape(node)[dim], shape(node.args[0])[dim])
+            return [Operand(node.args[0], layout if uncut else _fresh_axis(layout, dim, node.args[0]))]
+        if node.target is operator.getitem and op(split := node.args[0]) in _SPLITS and is_node(split):
+            whole = split.args[0]
+            dim = int(argument(split, 2, "dim", 0)) % len(layout)
+            return [Operand(whole, _fresh_axis(layout, dim, whole))] if is_node(whole) else []
         moved = backward(layout, node)
         if moved is not None:
             return [Operand(*moved)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnrewrite.passes.graph.nodes import argument, op, shape, tensor
@@ -73,10 +74,11 @@ def size_of(dim: Iterable[Symbol]) -> Size:
 
 
 def same(a: Size, b: Size) -> bool:
-    """Whether two sizes are equal for certain; adds no guard."""
+    """Whether two sizes are equal for certain; adds no guard, and where a rewrite is traced no node."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(statically_known_true(a == b))
+    with disable_proxy_modes_tracing():
+        return bool(statically_known_true(a == b))
 
 
 def hint(size: Size) -> int:

@@ -94,9 +94,7 @@ class MaskReader:
         if packed is not None:
             seen.documents, seen.dense = packed.documents, packed.rest
         named = self._name(static, rows, cols)
-        if named is None:
-            seen.dense += [_whole(term) for term in seen.terms if self._has_static(term, rows, heads)]
-        else:
+        if named is not None:
             seen.facts, seen.rows_never_empty = Mask(**vars(named[0])), named[1]
             seen.assumed = sorted({b for x in static for b in self.evaluator.buffers.get(x.node, ())})
         if scores.is_causal and not scores.terms:
@@ -111,6 +109,8 @@ class MaskReader:
                 x for x in seen.dense if same_number(x, heads, rows, cols, lambda n: self._is_range(n, rows, cols))
             ]
             seen.dense = [x for x in seen.dense if x not in seen.documents]
+        if named is None or seen.dense:  # then the names are not told, and visibility must hold what they stand for
+            seen.dense += [_whole(term) for term in seen.terms if self._has_static(term, rows, heads)]
         if scores.floor is not None:
             fills = [max(f, scores.floor) for f in fills]
         self._describe(seen, fills)

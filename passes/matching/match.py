@@ -153,7 +153,7 @@ def _build(
     blocks: tuple[Block, Block] | None = None,
 ) -> Attention:
     heads = axes.kv_heads + axes.groups
-    zero = softmax is None or mixed.guard is not None or op(anchor) == "_safe_softmax"
+    zero = softmax is None or mixed.guard is not None or op(anchor) == "_safe_softmax" or scores.sink is not None
     visibility = reader.read(anchor.graph, scores, axes.rows, axes.cols, heads, zero=zero)
     if any(term.zero_one and not reader.is_zero_one(term.node) for term in scores.terms):
         raise Reject("AR203", "the scores are multiplied by a mask that is not known to hold only 0 and 1", anchor)

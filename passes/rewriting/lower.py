@@ -14,9 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnrewrite.kernels.dense.names import OPERATORS, kernel_names
 from attnrewrite.passes.attention.form import Attention
+from attnrewrite.passes.attention.sinks import per_head
 from attnrewrite.passes.attention.site import SiteTensors, nodes_read
-from attnrewrite.passes.graph.axes import ALIASES
+from attnrewrite.passes.graph.axes import ALIASES, symbols
 from attnrewrite.passes.graph.nodes import is_node, op
+from attnrewrite.passes.matching.match import FUSED
 from attnrewrite.passes.proof.certificate import fingerprint
 from attnrewrite.passes.rules.base import Request, Rule
 
@@ -78,13 +80,18 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
     read = [site.query.node, *(x.node for role in ("key", "value") for x, _ in site.blocks(role))]
     read += [n for n, _, _ in site.scores.factors]
     read += [gate.node for gate in site.gates]
+    sinks = per_head(site)
+    read += [] if sinks is None else [sinks.node]
     read += [t.node for t in [*site.scores.terms, *seen.terms, *seen.bias]]
     leaves = [(order.get(x.node), x.polarity, x.threshold) for x in [*seen.padding, *seen.dense, *seen.documents]]
     values = [(v.dtype, v.shape, v.stride()) if isinstance(v := n.meta["val"], torch.Tensor) else v for n in nodes]
     slots = [order.get(node) for node in read] + [(name, order[node]) for name, node in extra.items()]
-    facts = (seen.facts, seen.empty_rows, seen.rows_never_empty, site.dropout, torch.is_grad_enabled())
+    rows = (seen.empty_rows, seen.rows_never_empty, seen.bias_is_small)
+    facts = (seen.facts, *rows, site.dropout, torch.is_grad_enabled())
     result = (site.output.meta["val"].stride(), site.output.meta["val"].dtype, _needs_strides(site.output))
     config = sorted(request.config.items())
+    places = {symbol: n for n, symbol in enumerate(site.leaves())}
+    heads = None if sinks is None else [places.get(symbol) for symbol in symbols(sinks.layout)]
     return "\n".join(
         map(
             str,
@@ -100,6 +107,7 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
                 config,
                 len(seen.padding),
                 len(seen.documents),
+                heads,
             ),
         )
     )
@@ -108,7 +116,8 @@ def _key(site: Attention, request: Request, extra: dict[str, fx.Node], nodes: li
 def _implementation(traced: fx.GraphModule, request: Request) -> tuple[str, list[str]]:
     calls = [node for node in traced.graph.nodes if op(node) in OPERATORS]
     if not calls:
-        return "fused" if request.variant == "sdpa" else "reference", []
+        fused = request.variant == "sdpa" and any(op(node) in FUSED for node in traced.graph.nodes)
+        return "fused" if fused else "reference", []
     names: list[str] = []
     for node in calls:
         values = [x.meta["val"] if isinstance(x, fx.Node) else x for x in node.args]

@@ -204,7 +204,7 @@ def _unrouted(t: SiteTensors, request: Request, heads: Sequence[int], window: in
     kv = [head // (t.site.sizes()["H"] // t.site.sizes()["Hkv"]) for head in heads]
     q, k, v = common_dtype(t.query(), t.key(), t.attended())
     q, k, v = take(q, heads), take(k, kv), take(v, kv)
-    mask, is_causal = mask_arguments(t, q.dtype)
+    mask, is_causal, _ = mask_arguments(t, q.dtype)  # windows go apart only beside sinks, which are refused
     mask = _of_heads(mask, heads)
     if window is not None:
         first = first_position(t) if request.state else 0
@@ -265,6 +265,9 @@ def _check_lengths(site: Attention, request: Request) -> None:
 
 def _check_scores(site: Attention, request: Request) -> None:
     config, newest = request.config, bool(request.state)
+    if site.scores.sink is not None:
+        detail = "a sink is learned beside all keys; beside the few of a cluster it would take weight that is theirs"
+        raise Reject("AR401", detail, site.anchor, "attention without sinks, or another variant")
     check_terms(site)
     if site.scores.softcap is not None:
         raise Reject("AR401", "routing attention has no soft-cap", site.anchor)

@@ -1,20 +1,26 @@
-"""The exact rewrite: the site becomes torch's fused attention and never changes meaning."""
+"""The exact rewrite: the site becomes fused attention and never changes meaning."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
 
 from attnrewrite.kernels.sdpa.reference import attention
-from attnrewrite.passes.attention.form import NEGLIGIBLE, Attention, Reject
+from attnrewrite.passes.attention.form import NEGLIGIBLE, Attention, Reject, Sink
+from attnrewrite.passes.attention.sinks import per_head
 from attnrewrite.passes.attention.site import SiteTensors
+from attnrewrite.passes.graph.axes import flat, symbols
 from attnrewrite.passes.rules.base import Request
 
 
 class SdpaRule:
-    """Exact attention through ``scaled_dot_product_attention``, with the recovered flags in place of dense masks."""
+    """Exact attention through ``scaled_dot_product_attention``, with the recovered flags in place of dense masks.
+
+    Sinks, which torch's operator does not take, go to ours.
+    """
 
     variant = "sdpa"
 
@@ -40,16 +46,31 @@ class SdpaRule:
 def exact(t: SiteTensors) -> torch.Tensor:
     """Compute the site's own attention, [B, H, L, Dv]; a soft cap is never in a rewrite, but in what is observed."""
     q, k, v = common_dtype(t.query(), t.key(), t.attended())
-    mask, is_causal = mask_arguments(t, q.dtype)
-    scale, softcap = t.site.scores.alpha, t.site.scores.softcap
-    out = attention(q, k, v, mask, is_causal=is_causal, scale=scale, enable_gqa=t.grouped, softcap=softcap)
-    return empty_rows(t, out, q, k, v, forward=softcap is not None)
+    if t.site.scores.sink is not None and per_head(t.site) is None:
+        return _beside_a_key(t, t.site.scores.sink, q, k, v)
+    out = attention(q, k, v, **attention_arguments(t, q.dtype))
+    return empty_rows(t, out, q, k, v, forward=t.site.scores.softcap is not None)
+
+
+def _beside_a_key(t: SiteTensors, sink: Sink, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attend with a sink of any shape: to one more key, all 0 like its value, whose bias is the sink."""
+    mask, shape = t.written_mask(q.dtype), (q.shape[0], q.shape[1], t.length)
+    if mask is None or mask.dtype == torch.bool:
+        hidden = torch.zeros(1, dtype=torch.bool, device=q.device) if mask is None else ~mask
+        mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill(hidden, float("-inf"))
+    column = t.sink_column(sink).to(q.dtype)
+    bias = torch.cat([mask.expand(*shape, t.width), column.expand(*shape, 1)], -1)
+    k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
+    scores = t.site.scores
+    return attention(q, k, v, bias, scale=scores.alpha, enable_gqa=t.grouped, softcap=scores.softcap)
 
 
 def check_terms(site: Attention) -> None:
-    """Refuse what no additive mask can express."""
-    if site.scores.sink is not None:
-        raise Reject("AR401", "torch's fused attention has no sink column", site.anchor)
+    """Refuse what no additive mask can express, and sinks that are not one number per head."""
+    sink = site.scores.sink
+    if sink is not None and per_head(site) is None:
+        detail = "the sink may differ by query or by sequence; operators take one number per head"
+        raise Reject("AR401", detail, sink.node, "a sink of one number per head, which no input decides")
     for term in site.scores.terms:
         if term.kind == "fill" and term.value > NEGLIGIBLE:
             raise Reject(
@@ -80,10 +101,46 @@ def plain_flags(site: Attention) -> bool | None:
     return True if seen.facts.kind == "causal" and seen.facts.offset == 0 else None
 
 
-def mask_arguments(t: SiteTensors, dtype: torch.dtype) -> tuple[torch.Tensor | None, bool]:
-    """Return (attn_mask, is_causal) for the site."""
-    flag = plain_flags(t.site)
-    return (t.written_mask(dtype), False) if flag is None else (None, flag)
+def attention_arguments(t: SiteTensors, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what ``attention`` takes beside the tensors of a site, but for dropout."""
+    mask, is_causal, window = mask_arguments(t, dtype)
+    return {
+        "attn_mask": mask,
+        "is_causal": is_causal,
+        "window": window,
+        "scale": t.site.scores.alpha,
+        "enable_gqa": t.grouped,
+        "softcap": t.site.scores.softcap,
+        "sinks": t.sinks(),
+    }
+
+
+def mask_arguments(t: SiteTensors, dtype: torch.dtype) -> tuple[torch.Tensor | None, bool, int | None]:
+    """Return (attn_mask, is_causal, window) for the site."""
+    flag, facts = plain_flags(t.site), t.site.visibility.facts
+    if flag is not None:
+        return None, flag, None
+    if not _named_apart(t.site):
+        return t.written_mask(dtype), False, None
+    mask = t.beside_positions()
+    mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+    return mask, facts.offset is not None, facts.window
+
+
+def _named_apart(site: Attention) -> bool:
+    """Whether what positions hide goes by its name, beside the rest of the masks and biases, and not in one with them.
+
+    With sinks it does: rows without visible keys give 0, however they are masked. And it does where a bias has one row
+    for all queries, such as ALiBi's, which together with a causal mask would have a row for each.
+    """
+    seen = site.visibility
+    if seen.dense or seen.facts.offset not in (None, 0):
+        return False
+    if site.scores.sink is not None:
+        return True
+    rows = set(flat(site.rows))
+    one_row = bool(seen.bias) and not any(rows & set(symbols(term.layout)) for term in seen.bias)
+    return one_row and seen.facts.kind == "causal" and seen.rows_never_empty and seen.bias_is_small
 
 
 def common_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -41,6 +41,9 @@ class SEARule:
         """Refuse (AR307) all but self-attention with masks that slices can be cut from."""
         if site.scores.softcap is not None:
             raise _reject(site, "SEA has no soft-cap")
+        if site.scores.sink is not None:
+            detail = "SEA shares out all weight among keys, selected or not, and a sink would take part of it"
+            raise Reject("AR401", detail, site.anchor, "attention without sinks, or another variant")
         check_terms(site)
         if request.state:
             check_causal(site)

@@ -23,7 +23,7 @@ from attnrewrite.passes.rules.selector import (
     selector_tensors,
     whole_head,
 )
-from attnrewrite.passes.rules.steps import check_causal, held, step_mask
+from attnrewrite.passes.rules.steps import check_causal, held, step_mask, whole_mask
 
 _NEAREST = "causal self-attention over a whole sequence, masked by positions, padding or documents only"
 
@@ -61,7 +61,7 @@ class SelectiveRule:
         def selective(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
             given = _arguments(t, request)
-            out = selective_attention(q, k, v, dropout_p=t.site.dropout, **given)
+            out = selective_attention(q, k, v, dropout_p=t.site.dropout, sinks=t.sinks(), **given)
             if "added" in t.extra:
                 seen = seen_by_head(given["attn_mask"], given["selection_head"])
                 rules = {name: given[name] for name in ("is_causal", "window", "protect_first")}
@@ -94,6 +94,7 @@ class SelectiveRule:
                 head: int,
                 selector: Mapping[str, torch.Tensor],
                 recent: int,
+                sinks: torch.Tensor | None = None,
             ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
                 found: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = step(
                     *tensors,
@@ -113,13 +114,16 @@ class SelectiveRule:
                     selector.get("vote_query"),
                     selector.get("vote_key"),
                     recent,
+                    sinks,
                 )
                 return found
 
             scores, gamma = t.site.scores, t.extra.get("gamma", one)
             selector = selector_tensors(t, request) if has_selector(request) else {}
             recent = 1 if after is None else after.shape[1]
-            out, received, exempt = attend((q, k, v), gamma, mask, scores.alpha, scores.softcap, head, selector, recent)
+            out, received, exempt = attend(
+                (q, k, v), gamma, mask, scores.alpha, scores.softcap, head, selector, recent, t.sinks()
+            )
             if "added" in t.extra:
                 tensors = whole_head(t, request)
                 seen = seen_by_head(mask, head)
@@ -159,13 +163,7 @@ def _arguments(t: SiteTensors, request: Request) -> dict[str, Any]:
 
 def _mask(t: SiteTensors, *, whole: bool) -> torch.Tensor | None:
     """Return the mask [B|1, H|1, L|1, S]: boolean, or a bias. Over a ``whole`` sequence, causality is a flag."""
-    if not whole:
-        return step_mask(t)
-    bias, padding, documents = t.bias(), t.padding(), t.documents()
-    seen = padding if documents is None else documents if padding is None else padding & documents
-    if bias is None:
-        return seen
-    return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+    return whole_mask(t) if whole else step_mask(t)
 
 
 def _newest(t: SiteTensors) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
@@ -12,12 +11,12 @@ from attnrewrite.kernels.dense.choice import generated
 from attnrewrite.kernels.sdpa.reference import attention
 from attnrewrite.kernels.ssa.reference import scaled, ssa_attention, temperature
 from attnrewrite.passes.attention.form import Attention, Reject
-from attnrewrite.passes.attention.site import SiteTensors
+from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.facts.projection import projection
 from attnrewrite.passes.rules.base import Request
 from attnrewrite.passes.rules.folding import cached_values, fold, new_values
-from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, mask_arguments
-from attnrewrite.passes.rules.steps import continues, put, real_tokens, step_mask
+from attnrewrite.passes.rules.sdpa import attention_arguments, check_terms, common_dtype
+from attnrewrite.passes.rules.steps import continues, put, real_tokens, seen_keys, step_mask
 
 
 class SSARule:
@@ -52,26 +51,15 @@ class SSARule:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
             # Off the kernels, scaled operands for torch's fused operator are faster than an operator of our own.
             attend = op.ssa_attention if generated(q, v) else ssa_attention
-            return attend(q, k, v, *_temperatures(t, request), **_arguments(t, q.dtype))
+            given = attention_arguments(t, q.dtype)
+            return attend(q, k, v, *_temperatures(t, request), dropout_p=t.site.dropout, **given)
 
         def continued(t: SiteTensors) -> torch.Tensor:
             query, value = tempered(t, request)
             q, k, v = common_dtype(query, t.key(), value)
-            return attention(q, k, v, **_arguments(t, q.dtype))
+            return attention(q, k, v, dropout_p=t.site.dropout, **attention_arguments(t, q.dtype))
 
         return continued if "index" in request.state else ssa
-
-
-def _arguments(t: SiteTensors, dtype: torch.dtype) -> dict[str, Any]:
-    mask, is_causal = mask_arguments(t, dtype)
-    return {
-        "attn_mask": mask,
-        "dropout_p": t.site.dropout,
-        "is_causal": is_causal,
-        "scale": t.site.scores.alpha,
-        "enable_gqa": t.grouped,
-        "softcap": t.site.scores.softcap,
-    }
 
 
 def tempered(t: SiteTensors, request: Request) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,13 +111,17 @@ def positions(t: SiteTensors) -> tuple[torch.Tensor, torch.Tensor]:
     index = torch.arange(1, t.width + 1, device=device)[None, None]  # [1, 1, S]
     padding, documents = t.padding(), t.documents()
     real = index if padding is None else padding[:, :, 0].expand(-1, -1, t.width).cumsum(-1)
-    visible = t.visible()
+    visible = seen_keys(t)
+    told = bool(seen.dense) or not seen.bias_is_small  # by a mask that is not read
     if documents is not None and visible is not None:  # every document counts from 1
         earlier = documents & (index[:, :, None] <= index[..., None])
         real = (earlier if padding is None else earlier & padding).sum(-1)
-    if visible is not None and seen.dense and visible.shape[1] == 1:  # the last query sees every real token so far
-        real = visible.expand(-1, -1, -1, t.width)[:, :, -1].cumsum(-1)
-    if visible is not None and (seen.padding or seen.dense or seen.documents):
+    if visible is not None and told and visible.shape[1] == 1:
+        if same_length(t.site):
+            real = real_tokens(t, visible).cumsum(-1)[:, None]
+        else:  # the last query sees every real token so far
+            real = visible.expand(-1, -1, -1, t.width)[:, :, -1].cumsum(-1)
+    if visible is not None and (seen.padding or told or seen.documents):
         return visible.expand(-1, -1, -1, t.width).sum(-1), real
     if facts.offset is None:
         return index[..., -1:], real

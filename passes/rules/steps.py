@@ -32,12 +32,31 @@ def first_position(t: SiteTensors) -> int | torch.Tensor:
 
 def step_mask(t: SiteTensors) -> torch.Tensor | None:
     """Return the mask [B|1, H|1, L|1, S] of the new queries: boolean, or a bias with -inf, or None."""
+    seen, bias = seen_keys(t), t.bias()
+    if bias is None or seen is None:
+        return seen if bias is None else bias
+    return bias.masked_fill(~seen, float("-inf"))
+
+
+def seen_keys(t: SiteTensors) -> torch.Tensor | None:
+    """Return which keys each query sees, [B|1, H|1, L|1, S] bool, or None where all are: a bias may be a mask, too."""
     seen, bias = t.visible(), t.bias()
-    if bias is None:
+    if bias is None or t.site.visibility.bias_is_small:
         return seen
-    if not t.site.visibility.bias_is_small:  # it may be a mask that was made elsewhere
-        bias = bias.masked_fill(bias <= max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2), float("-inf"))
-    return bias if seen is None else bias.masked_fill(~seen, float("-inf"))
+    shown = ~_hides(bias)
+    return shown if seen is None else seen & shown
+
+
+def whole_mask(t: SiteTensors) -> torch.Tensor | None:
+    """Return ``beside_positions``, with -inf where a bias that may be a mask hides keys."""
+    mask = t.beside_positions()
+    if mask is None or mask.dtype == torch.bool or t.site.visibility.bias_is_small:
+        return mask
+    return mask.masked_fill(_hides(mask), float("-inf"))
+
+
+def _hides(bias: torch.Tensor) -> torch.Tensor:
+    return bias <= max(NEGLIGIBLE, torch.finfo(bias.dtype).min / 2)
 
 
 def real_tokens(t: SiteTensors, mask: torch.Tensor | None) -> torch.Tensor:

@@ -21,7 +21,7 @@ from attnrewrite.passes.attention.site import SiteTensors, same_length
 from attnrewrite.passes.graph.axes import AxisError, Layout, backward, flat_layout
 from attnrewrite.passes.graph.nodes import argument, is_node, op, same_value, shape
 from attnrewrite.passes.rules.base import Request
-from attnrewrite.passes.rules.sdpa import check_terms, common_dtype, empty_rows, mask_arguments
+from attnrewrite.passes.rules.sdpa import attention_arguments, check_terms, common_dtype, empty_rows
 
 _DEPTH = 40
 """Steps between a projection and the product, at most."""
@@ -62,19 +62,15 @@ class SymmetricRule:
 
         def symmetric(t: SiteTensors) -> torch.Tensor:
             q, k, v = common_dtype(t.query(), t.key(), t.attended())
-            mask, is_causal = mask_arguments(t, q.dtype)
-            scale, softcap = t.site.scores.alpha, t.site.scores.softcap
+            given = attention_arguments(t, q.dtype)
             if one_value(t.site):
-                out = symmetric_attention(
-                    k, v, None, mask, t.site.dropout, is_causal, scale, softcap=softcap, mask_self=mask_self
-                )
+                out = symmetric_attention(k, v, dropout_p=t.site.dropout, mask_self=mask_self, **given)
                 return empty_rows(t, out, q, k, v, forward=True)
             if mask_self:
-                mask, is_causal = _without_itself(t, mask, is_causal, q), False
-            out = attention(
-                q, k, v, mask, t.site.dropout, is_causal, scale=scale, enable_gqa=t.grouped, softcap=softcap
-            )
-            return empty_rows(t, out, q, k, v, forward=mask_self or softcap is not None)
+                masks = (given["attn_mask"], given["is_causal"], given["window"])
+                given |= {"attn_mask": _without_itself(t, *masks, q), "is_causal": False, "window": None}
+            out = attention(q, k, v, dropout_p=t.site.dropout, **given)
+            return empty_rows(t, out, q, k, v, forward=mask_self or given["softcap"] is not None)
 
         return symmetric
 
@@ -126,7 +122,9 @@ def _edges(pieces: Sequence[torch.Tensor], dim: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends], ends, strict=False))
 
 
-def _without_itself(t: SiteTensors, mask: torch.Tensor | None, is_causal: bool, query: torch.Tensor) -> torch.Tensor:
+def _without_itself(
+    t: SiteTensors, mask: torch.Tensor | None, is_causal: bool, window: int | None, query: torch.Tensor
+) -> torch.Tensor:
     """Return an additive mask [B|1, H|1, L, S] that takes each query's own key away, where it sees others.
 
     Where the mask does not say where the queries stand, they are the last of the keys: those before are in a cache.
@@ -138,6 +136,6 @@ def _without_itself(t: SiteTensors, mask: torch.Tensor | None, is_causal: bool, 
     if mask is not None and mask.dtype == torch.bool:
         out = out.masked_fill(~mask, float("-inf"))
     if is_causal:
-        out = out.masked_fill(lag < 0, float("-inf"))
+        out = out.masked_fill(lag < 0 if window is None else (lag < 0) | (lag >= window), float("-inf"))
     hidden = out <= torch.finfo(out.dtype).min / 2  # nothing may be added to the lowest number
     return torch.where((lag == 0) & ~hidden, out + SELF, out)

@@ -112,7 +112,8 @@ ENTRIES = [(family, "export") for family in FAMILIES] + [(f, "dynamo") for f in 
 def test_facts_of_the_first_families(family: Family, entry: str) -> None:
     model = build(family, family.implementations[0])
     report = explain(model, **family.inputs()) if entry == "export" else dynamo_report(model, family.inputs())
-    rope = {"llama": ("half", 8), "gpt_neox": ("half", 2), "gemma2": ("half", 8)}.get(family.name, ("none", 0))
+    turned = {"llama": 8, "gpt_neox": 2, "gemma2": 8, "gpt_oss": 8}
+    rope = ("half", turned[family.name]) if family.name in turned else ("none", 0)
     weights = {name for name, _ in model.named_parameters()}
     for site in report.sites:
         assert (site.rope, site.rope_dims, site.qk_norm) == (*rope, "none")

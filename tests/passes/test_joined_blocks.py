@@ -144,6 +144,7 @@ def test_one_learned_key_with_a_value_is_a_block_and_without_one_a_sink() -> Non
     (sink,) = compiled_like_eager(ComputedSink(), torch.randn(2, LENGTH, WIDTH))
     assert rewritten([block]) and (block.key_length, block.sink) == (LENGTH + 1, False)
     assert (sink.status, sink.certificate, sink.key_length, sink.sink) == ("matched", "proved", LENGTH, True)
+    assert [(r.code, "differ by query" in r.detail) for r in sink.rejections] == [("AR401", True)]
 
 
 def test_blocks_of_any_length() -> None:

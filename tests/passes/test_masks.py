@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import compiled_like_eager
 from torch import Tensor, nn
 
 import attnrewrite
@@ -80,6 +81,15 @@ def test_an_input_mask_stays_a_tensor() -> None:
     assert (additive.mask.kind, len(additive.bias)) == ("none", 1)
     filled = site_of(Masked(lambda m, x, e: e, fill=True), X, torch.zeros(T, T, dtype=torch.bool))
     assert (filled.mask.kind, filled.bias) == ("custom", [])
+
+
+@pytest.mark.parametrize("fill", [-math.inf, -1e30])
+def test_a_row_is_empty_where_a_named_and_another_mask_leave_nothing_together(fill: float) -> None:
+    """Either one alone leaves the first query a key."""
+    other = torch.zeros(2, T, T, dtype=torch.bool)
+    other[:, 0, 0] = True
+    (site,) = compiled_like_eager(Masked(lambda m, x, e: ~m.seen | (e & (x[..., :1] > -9)), True, fill), X, other)
+    assert (site.status, site.mask.kind) == ("rewritten", "custom")
 
 
 def test_padding_is_factored_out_of_a_conjunction() -> None:

@@ -1,31 +1,11 @@
-"""Softmax with more than a softmax: sinks, logarithms, exponentials, gates."""
+"""Softmax with more than a softmax: logarithms, exponentials, gates."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from compiled import HEADS, WIDTH, Attention, compiled_like_eager, rewritten
-from torch import Tensor, nn
-
-
-class Sink(Attention):
-    def __init__(self) -> None:
-        super().__init__()
-        self.sinks = nn.Parameter(torch.randn(HEADS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.split(self.q(x)), self.split(self.k(x)), self.split(self.v(x))
-        sinks = self.sinks.reshape(1, -1, 1, 1).expand(x.shape[0], -1, x.shape[1], -1)
-        combined = torch.cat([q @ k.mT * 0.5, sinks], dim=-1)
-        combined = combined - combined.max(dim=-1, keepdim=True).values
-        weights = torch.softmax(combined, dim=-1)[..., :-1]
-        return self.o((weights @ v).transpose(-3, -2).flatten(-2))
-
-
-def test_a_sink_column_is_recognised_and_left() -> None:
-    (site,) = compiled_like_eager(Sink(), torch.randn(2, 5, WIDTH))
-    assert (site.status, site.certificate, [r.code for r in site.rejections]) == ("matched", "proved", ["AR401"])
-    assert "sink" in site.spelling
+from torch import Tensor
 
 
 class LogSumExp(Attention):
