@@ -54,11 +54,12 @@ class Shape:
 
 
 class Product(NamedTuple):
-    """A matrix product [m, k] x [k, n]."""
+    """A matrix product [m, k] x [k, n]. ``feeds``: another product takes what is made of its result."""
 
     m: int
     n: int
     k: int
+    feeds: bool = False
 
 
 class Tile(NamedTuple):
@@ -85,7 +86,7 @@ class Work(NamedTuple):
 def forward(s: Shape, c: Config) -> Work:
     """Online softmax over the keys of a block of rows."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(M, N, D), Product(M, Dv, N))
+    products = (Product(M, N, D, feeds=True), Product(M, Dv, N))
     extra = _addends(s) + (1 if s.temperatures else 0)
     loads = N * s.features * s.size + _penalty_tile(s, M, N)
     # Per pair: largest, fma of the exponent, sum, half of a rounding of two; per row the output is scaled down.
@@ -105,7 +106,8 @@ def delta(s: Shape, c: Config) -> Work:
 def backward_keys(s: Shape, c: Config) -> Work:
     """Go over the rows of all heads of the group, for a block of keys."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(N, M, D), Product(N, M, Dv), Product(N, Dv, M), Product(N, D, M))
+    scores = (Product(N, M, D, feeds=True), Product(N, M, Dv, feeds=True))
+    products = (*scores, Product(N, Dv, M), Product(N, D, M))
     extra = _addends(s) + (1 if s.temperatures else 0)
     scaled = M * D if s.temperatures else 0  # queries by their temperature, in every tile
     loads = M * (s.features * s.size + 2 * FLOAT) + _penalty_tile(s, M, N)
@@ -116,7 +118,7 @@ def backward_keys(s: Shape, c: Config) -> Work:
 def backward_queries(s: Shape, c: Config) -> Work:
     """Go over the keys of a block of rows."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(M, N, D), Product(M, N, Dv), Product(M, D, N))
+    products = (Product(M, N, D, feeds=True), Product(M, N, Dv, feeds=True), Product(M, D, N))
     extra = _addends(s) + (1 if s.temperatures else 0)
     loads = N * s.features * s.size + _penalty_tile(s, M, N)
     tile = Tile(products, M * N, round((3.5 + extra) * M * N), loads)
@@ -126,7 +128,7 @@ def backward_queries(s: Shape, c: Config) -> Work:
 def votes(s: Shape, c: Config) -> Work:
     """Sum votes down a block of keys; one head. The sum is a product with a triangle, in tf32: half as fast."""
     M, N, D = c.block_m, c.block_n, padded(s.D)
-    products = (Product(M, N, D), Product(M, N, 2 * M))
+    products = (Product(M, N, D, feeds=True), Product(M, N, 2 * M))
     written = _penalty_tile(s, M, N)
     tile = Tile(products, 0, 8 * M * N, M * D * s.size + written)
     return _by_keys(s, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + _penalty(s))
@@ -146,7 +148,7 @@ def backward_logits(s: Shape, c: Config) -> Work:
 def backward_votes(s: Shape, c: Config) -> Work:
     """Walk up a block of keys; one head. The sum over later rows is a product in tf32, half as fast."""
     M, N, D = c.block_m, c.block_n, padded(s.D)
-    products = (Product(M, N, D), Product(M, N, 2 * M), Product(N, D, M))
+    products = (Product(M, N, D, feeds=True), Product(M, N, 2 * M, feeds=True), Product(N, D, M))
     tile = Tile(products, 0, 10 * M * N, M * D * s.size + 2 * _penalty_tile(s, M, N))
     whole = replace(s, dead=0.0)
     return _by_keys(whole, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + 2 * _penalty(s))
@@ -155,7 +157,8 @@ def backward_votes(s: Shape, c: Config) -> Work:
 def backward_shared(s: Shape, c: Config) -> Work:
     """Go over all rows as queries and as keys of a block."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(M, N, D), Product(M, N, Dv), Product(M, N, Dv), Product(M, Dv, N), Product(M, D, N))
+    values = Product(M, N, Dv, feeds=True)
+    products = (Product(M, N, D, feeds=True), values, values, Product(M, Dv, N), Product(M, D, N))
     tile = Tile(products, 2 * M * N, 8 * M * N, N * ((s.features + padded(s.Dv)) * s.size + 2 * FLOAT))
     return _by_rows(s, c, s.B * s.H, tile, _backward_memory(s))
 
@@ -172,7 +175,7 @@ def decode(s: Shape, c: Config) -> Work:
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
     blocks = -(-s.H // s.Hkv * s.L // M)
     steps = -(-s.S // s.parts // N)
-    products = (Product(M, N, D), Product(M, Dv, N))
+    products = (Product(M, N, D, feeds=True), Product(M, Dv, N))
     votes = 2 * FLOAT if s.penalty else 0
     tile = Tile(products, M * N, 6 * M * N, N * (s.features * s.size + votes))
     programs = s.B * s.Hkv * s.parts * blocks
