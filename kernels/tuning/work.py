@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from attnrewrite.kernels.dense.catalogue import padded
+from attnrewrite.kernels.dense.catalogue import made_apart, padded
 from attnrewrite.kernels.dense.configs import Config
 
 FLOAT = 4
@@ -104,15 +104,22 @@ def delta(s: Shape, c: Config) -> Work:
 
 
 def backward_keys(s: Shape, c: Config) -> Work:
-    """Go over the rows of all heads of the group, for a block of keys."""
+    """Go over the rows of all heads of the group, for a block of keys. Of wide heads dv is made elsewhere."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
     scores = (Product(N, M, D, feeds=True), Product(N, M, Dv, feeds=True))
-    products = (*scores, Product(N, Dv, M), Product(N, D, M))
+    products = (*scores, Product(N, D, M), *(() if made_apart(s.D, s.Dv) else (Product(N, Dv, M),)))
     extra = _addends(s) + (1 if s.temperatures else 0)
     scaled = M * D if s.temperatures else 0  # queries by their temperature, in every tile
     loads = M * (s.features * s.size + 2 * FLOAT) + _penalty_tile(s, M, N)
     tile = Tile(products, M * N, round((4 + extra) * M * N) + scaled, loads)
     return _by_keys(s, c, s.B * s.Hkv, s.H // s.Hkv, tile, _backward_memory(s) + _penalty(s))
+
+
+def backward_values(s: Shape, c: Config) -> Work:
+    """Go over the same rows, for dv alone."""
+    work, M, N = backward_keys(s, c), c.block_m, c.block_n
+    products = (Product(N, M, padded(s.D), feeds=True), Product(N, padded(s.Dv), M))
+    return work._replace(tile=work.tile._replace(products=products))
 
 
 def backward_queries(s: Shape, c: Config) -> Work:
@@ -196,6 +203,7 @@ WORK: dict[str, Callable[[Shape, Config], Work]] = {
     "forward": forward,
     "delta": delta,
     "backward_keys": backward_keys,
+    "backward_values": backward_values,
     "backward_queries": backward_queries,
     "backward_shared": backward_shared,
     "decode": decode,
