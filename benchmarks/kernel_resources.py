@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import click  # the suite is found through the path above
 from suite.usage import usage
 
-from attnrewrite.kernels.dense.catalogue import KERNELS, users
+from attnrewrite.kernels.dense.catalogue import KERNELS, made_apart, users
 from attnrewrite.kernels.dense.configs import Config, configs
 from attnrewrite.kernels.dense.descriptors import LOADED
 from attnrewrite.kernels.generation.resources import Resources
@@ -41,6 +41,8 @@ def cases() -> Iterator[Case]:
         for name in KERNELS:
             if name == "live" and width > WIDTHS[0]:
                 continue  # has nothing to do with features
+            if name == "backward_values" and not made_apart(width, width):
+                continue  # backward_keys makes dv as well
             for variant in users(name):
                 yield from (Case(name, variant, width, target) for target in TARGETS)
                 if name in LOADED:

@@ -14,6 +14,8 @@ from scripts import script
 
 ROOT = Path(__file__).parents[1]
 QUICK = ("forward", "backward_keys", "votes")
+GROUPED = ("forward", "votes", "backward_keys", "backward_values", "backward_queries", "backward_logits")
+"""Tiles of the others are too small for a group of warps, in some products or at 256 features."""
 SHARED = 227  # KiB per block on sm_90 and sm_100
 HOW = """
 import json, sys
@@ -56,14 +58,15 @@ def in_a_process(code: str, *words: str) -> list[Any]:
 
 
 def check(found: dict[str, Any]) -> None:
-    name, _, width, target, descriptors = found["case"]
+    name, variant, width, target, descriptors = found["case"]
     assert bool(found["bulk"]) == descriptors, found  # UTMALDG
-    if target == "sm_90" and (width == 64 or name in ("forward", "votes")):
-        assert found["spills"] == 0, found
+    if target == "sm_90" and (width < 256 or not descriptors):
+        few = 32 if (variant, width) == ("ssa", 256) else 1  # those are outside of its loops
+        assert found["spills"] < few, found
     if target != "sm_80":
         assert found["shared"] <= SHARED * 1024, found
     products = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
-    if name in ("forward", "votes"):  # the tiles of others may be too small for a group of warps
+    if name in GROUPED:
         assert found["matrix"] == products[target], found
 
 
@@ -75,10 +78,12 @@ def up_to_date(found: dict[str, Any]) -> bool:
 
 
 def test_kernels_for_hopper_do_not_spill_and_multiply_in_groups_of_warps() -> None:
-    """With tensor descriptors and without."""
-    cases = [list(x) for x in script("kernel_resources").cases() if x.target == "sm_90" and x.width == 64]
-    rows = compiled([x for x in cases if x[0] in QUICK and x[1] != "ssa"])
-    assert len(rows) == 9
+    """With tensor descriptors and without; the last two are of wide heads."""
+    cases = [list(x) for x in script("kernel_resources").cases() if x.target == "sm_90"]
+    narrow = [x for x in cases if x[2] == 64 and x[0] in QUICK and x[1] != "ssa"]
+    wide = [x for x in cases if x[2] == 256 and x[0] == "backward_values" and x[1] == "sdpa"]
+    rows = compiled([*narrow, *wide])
+    assert len(rows) == 11
     for found in rows:
         check(found)
         assert found["matrix"] == "HGMMA"

@@ -46,10 +46,11 @@ def command(
 ) -> None:
     """Show the generated kernel WHAT, or emit all of a variant to the folder WHAT.
 
-    Kernels are forward, delta, backward_keys, backward_queries, decode, merge; for selective attention votes, live,
-    backward_logits and backward_votes; for symmetric attention backward_shared. Neither a GPU nor triton is needed.
+    Kernels are forward, delta, backward_keys, backward_queries, decode, merge; for more than 128 features also
+    backward_values; for selective attention votes, live, backward_logits and backward_votes; for symmetric attention
+    backward_shared. Neither a GPU nor triton is needed.
     """
-    from attnrewrite.kernels.dense.catalogue import KERNELS, OF_SYMMETRY, OF_VOTES, users
+    from attnrewrite.kernels.dense.catalogue import KERNELS, OF_SYMMETRY, OF_VOTES, made_apart, users
 
     if action == "show":
         if what not in KERNELS:
@@ -58,6 +59,8 @@ def command(
         output.result({"name": what, "digest": made.digest, "text": made.text}, lambda: Syntax(made.text, "python"))
         return
     names = [name for name in KERNELS if name not in (*OF_VOTES, *OF_SYMMETRY) or variant in users(name)]
+    if not made_apart(head_dim, value_dim or head_dim):
+        names.remove("backward_values")
     _emit(output, Path(what), _made(names, variant, head_dim, value_dim, causal, settings))
 
 

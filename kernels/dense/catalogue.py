@@ -20,6 +20,7 @@ KERNELS = {
     "forward": Template("forward", "attention_forward"),
     "delta": Template("delta", "attention_delta"),
     "backward_keys": Template("backward_keys", "attention_backward_keys"),
+    "backward_values": Template("backward_keys", "attention_backward_keys"),
     "backward_queries": Template("backward_queries", "attention_backward_queries"),
     "backward_shared": Template("backward_shared", "attention_backward_shared"),
     "decode": Template("decode", "attention_decode"),
@@ -55,11 +56,24 @@ def users(name: str) -> tuple[str, ...]:
     return ("sdpa",) if name in ("delta", "merge") else ("sdpa", "ssa", "selective")
 
 
+_WIDEST_TOGETHER = 128
+
+
+def made_apart(D: int, Dv: int) -> bool:
+    """Whether dk and dv are made by kernels of their own: no program has registers for both of such wide heads."""
+    return max(padded(D), padded(Dv)) > _WIDEST_TOGETHER
+
+
+OF_VALUES: dict[str, Flag] = {"GRADIENTS": "values"}
+"""What tells ``backward_values`` from ``backward_keys``."""
+
+
 def used(name: str, variant: str, *, causal: bool = True) -> dict[str, Flag]:
     """Return the flags with which a variant uses a kernel, masks aside. A step of one query counts its own votes."""
+    own = {"CAUSAL": causal, **(OF_VALUES if name == "backward_values" else {})}
     if variant != "selective":
-        return {"CAUSAL": causal, **VARIANTS[variant]}
-    return {"CAUSAL": causal, **({"VOTES": True} if name == "decode" else {"PENALTY": True, "SKIPS": causal})}
+        return {**own, **VARIANTS[variant]}
+    return {**own, **({"VOTES": True} if name == "decode" else {"PENALTY": True, "SKIPS": causal})}
 
 
 _OFF: dict[str, Flag] = {
@@ -79,6 +93,7 @@ _OFF: dict[str, Flag] = {
     "TEMPERATURES": False,
     "BIAS_GRADIENT": False,
     "SLOPE_GRADIENT": False,
+    "GRADIENTS": "both",
     "PRECISION": "ieee",
     "SUM_PRECISION": "tf32",
     "UPCAST": False,
@@ -93,7 +108,8 @@ def flags(D: int, Dv: int, settings: Mapping[str, Flag]) -> dict[str, Flag]:
     unknown = sorted(set(settings) - set(_OFF))
     if unknown:
         raise ValueError(f"there is no flag {unknown[0]!r}; flags are {', '.join(_OFF)}")
-    return {"D": D, "DV": Dv, "PAD_D": padded(D), "PAD_DV": padded(Dv), **_OFF, **settings}
+    made = {"GRADIENTS": "keys" if made_apart(D, Dv) else "both"}
+    return {"D": D, "DV": Dv, "PAD_D": padded(D), "PAD_DV": padded(Dv), **_OFF, **made, **settings}
 
 
 def kernel(name: str, given: Mapping[str, Flag]) -> Emitted:

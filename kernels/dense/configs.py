@@ -36,14 +36,15 @@ _WIDTHS: dict[str, tuple[Config, Config, Config]] = {
     "forward": _FORWARD,
     "live": _FORWARD,
     "delta": (Config(128, 16), Config(128, 16), Config(64, 16)),
-    "backward_keys": (Config(64, 128, 8, 3), Config(32, 64, 8, 3), Config(32, 32, 8, 1)),
-    "backward_queries": (Config(64, 32, 4, 3), Config(64, 64, 8, 2), Config(32, 32, 4, 1)),
-    "backward_shared": (Config(64, 64, 8, 2), Config(64, 32, 8, 2), Config(32, 16, 8, 1)),
+    "backward_keys": (Config(64, 128, 8, 3), Config(16, 128, 8, 2), Config(16, 128, 8, 2)),
+    "backward_values": (Config(64, 128, 8, 3), Config(16, 128, 8, 2), Config(32, 128, 8, 3)),
+    "backward_queries": (Config(64, 32, 4, 3), Config(128, 32, 8, 3), Config(128, 16, 8, 2)),
+    "backward_shared": (Config(128, 32, 8, 2), Config(128, 32, 8, 2), Config(32, 32, 8, 2)),
     "decode": (Config(16, 128, 4, 3), Config(16, 64, 4, 3), Config(16, 32, 4, 2)),
     "merge": (Config(4, 16), Config(4, 16), Config(4, 16)),
-    "votes": (Config(64, 64, 4, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 1)),
-    "backward_logits": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 1)),
-    "backward_votes": (Config(64, 64, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 1)),
+    "votes": (Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 64, 8, 2)),
+    "backward_logits": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 1)),
+    "backward_votes": (Config(32, 64, 4, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 2)),
 }
 """For heads of up to 64, 128 and 256 features in 16 bit; docs/kernels.md says what they use."""
 

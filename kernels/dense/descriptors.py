@@ -18,6 +18,7 @@ LOADED = {
     "forward": ("K", "V", "Penalty"),
     "backward_queries": ("K", "V", "Penalty"),
     "backward_keys": ("Q", "DOut", "Penalty"),
+    "backward_values": ("Q", "DOut", "Penalty"),
 }
 """The arguments that a kernel can load by descriptors."""
 _FIRST = 90

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnrewrite.kernels.dense import tuned
 from attnrewrite.kernels.dense.call import Call, chosen, named
-from attnrewrite.kernels.dense.catalogue import kernel
+from attnrewrite.kernels.dense.catalogue import OF_VALUES, kernel, made_apart
 from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.descriptors import can_describe, with_scratch
 from attnrewrite.kernels.generation.emit import Emitted, Flag
@@ -82,7 +82,9 @@ def backward(
     queries = {"DQuery": found.query, "DQueryTau": found.query_temperature, "DBias": found.bias, "DSlopes": by_slope}
     flags = {"BIAS_GRADIENT": wanted.bias, "SLOPE_GRADIENT": wanted.slopes}
     run("delta", call, more, partial(row_blocks, call))
-    run("backward_keys", call, more | keys, lambda config: B * Hkv * -(-S // config.block_n))
+    run("backward_keys", call, more | keys, partial(key_blocks, call))
+    if made_apart(call.query.shape[3], call.value.shape[3]):
+        run("backward_values", call, more | keys, partial(key_blocks, call), OF_VALUES)
     programs = partial(row_blocks, call)
     run("backward_queries", call, more | queries, programs, flags, prepare=_live(call))
     found.slopes = None if by_slope is None else by_slope.sum((0, 2))
@@ -208,6 +210,12 @@ def row_blocks(call: Call, config: Config) -> int:
     """Return how many programs there are, one for a block of rows of a head."""
     B, H, _, L, _ = call.sizes
     return B * H * -(-L // config.block_m)
+
+
+def key_blocks(call: Call, config: Config) -> int:
+    """Return how many programs there are, one for a block of keys of a head."""
+    B, _, Hkv, _, S = call.sizes
+    return B * Hkv * -(-S // config.block_n)
 
 
 def _live(call: Call) -> Callable[[Config], Mapping[str, Any]] | None:

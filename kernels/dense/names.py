@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attnrewrite.kernels.dense.call import Call, options
-from attnrewrite.kernels.dense.catalogue import kernel
+from attnrewrite.kernels.dense.catalogue import OF_VALUES, kernel
 from attnrewrite.kernels.dense.decode import few
 from attnrewrite.kernels.dense.selective import Selection, in_passing, skips
 from attnrewrite.kernels.dense.shared import paired, shares
@@ -15,9 +15,6 @@ from attnrewrite.kernels.selective.ballot import selector
 from attnrewrite.kernels.symmetric.reference import pairwise_query
 
 OPERATORS = tuple(f"attnrewrite::{name}" for name in ("dense_attention", "selective_kernels", "symmetric_kernels"))
-
-
-BACKWARD = ("delta", "backward_keys", "backward_queries")
 
 
 def kernel_names(operator: str, values: Sequence[Any], *, learns: bool) -> list[str]:
@@ -45,7 +42,7 @@ def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[
         if learns and shares(call):
             yield from ((name, call.flags()) for name in ("delta", "backward_shared"))
         elif learns:
-            yield from ((name, call.flags()) for name in BACKWARD)
+            yield from _backward(call.flags())
         return
     query, key, value, gamma, votes, mask, vote_query, vote_key, sinks, slopes, protected, *rest = values
     position, _, scale, dropout_p, causal, window, softcap, offset, head, _ = rest
@@ -67,7 +64,17 @@ def _used(operator: str, values: Sequence[Any], learns: bool) -> Iterator[tuple[
 
 def _dense(call: Call, flags: dict[str, Flag], learns: bool) -> Iterator[tuple[str, dict[str, Flag]]]:
     names = ["decode", "merge"] if _short(call) else ["live", "forward"] if flags["SKIPS"] else ["forward"]
-    yield from ((name, flags) for name in (*names, *(BACKWARD if learns else ())))
+    yield from ((name, flags) for name in names)
+    if learns:
+        yield from _backward(flags)
+
+
+def _backward(flags: dict[str, Flag]) -> Iterator[tuple[str, dict[str, Flag]]]:
+    yield "delta", flags
+    yield "backward_keys", flags
+    if flags["GRADIENTS"] == "keys":
+        yield "backward_values", {**flags, **OF_VALUES}
+    yield "backward_queries", flags
 
 
 def _short(call: Call) -> bool:

@@ -41,6 +41,7 @@ SPACES = {
     "forward": Space(descriptors=_EITHER),
     "delta": _ROWS,
     "backward_keys": Space(descriptors=_EITHER),
+    "backward_values": Space(descriptors=_EITHER),
     "backward_queries": Space(descriptors=_EITHER),
     "backward_shared": Space(),
     "decode": Space(block_m=(16, 32, 64), block_n=(16, 32, 64, 128, 256)),

@@ -1,4 +1,7 @@
-"""Backward pass of the dense family, by keys: one program per block of keys, over all rows and heads that see it."""
+"""Backward pass of the dense family, by keys: one program per block of keys, over all rows and heads that see it.
+
+Of wide heads a program makes dk or dv: registers do not hold both.
+"""
 
 import triton
 import triton.language as tl
@@ -70,6 +73,7 @@ def attention_backward_keys(
     PENALTY: tl.constexpr,
     SKIPS: tl.constexpr,  # whether to leave out what Death says
     TEMPERATURES: tl.constexpr,
+    GRADIENTS: tl.constexpr,  # "both", "keys" or "values": what is made
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,  # for the interpreter, whose bfloat16 products are wrong
     DESCRIPTORS: tl.constexpr,  # whether tiles come by the TMA unit
@@ -100,11 +104,13 @@ def attention_backward_keys(
     K += b * stride_kb + hk * stride_kh + first.to(tl.int64) * stride_kn
     V += b * stride_vb + hk * stride_vh + first.to(tl.int64) * stride_vn
     k = tile(K, n[:, None], d[None, :], stride_kn, stride_kd, S - first, True, D, PAD_D)
-    v = tile(V, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, True, DV, PAD_DV)
+    if GRADIENTS != "values":
+        v = tile(V, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, True, DV, PAD_DV)
+        if UPCAST:
+            v = v.to(tl.float32)
     if UPCAST:
         k = k.to(tl.float32)
-        v = v.to(tl.float32)
-    if TEMPERATURES:
+    if TEMPERATURES and GRADIENTS != "values":
         rho = tl.load(ValueTau + bh.to(tl.int64) * S + cols, mask=cols < S, other=0.0).to(tl.float32)
     if PENALTY:
         Penalty += b * stride_pb
@@ -213,30 +219,41 @@ def attention_backward_keys(
                         PENALTY,
                     )
                     p = tl.exp2(s - lse[None, :]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[None, :])
-                    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-                    if TEMPERATURES:
-                        dp = dp * rho[:, None]
-                    used = p
                     if DROPOUT:
                         alive = survives(i, j, (b * H + h).to(tl.int32), Seed, threshold)
-                        used = tl.where(alive, p * kept, 0.0)
-                        dp = tl.where(alive, dp * kept, 0.0)
-                    ds = p * (dp - delta[None, :])
-                    if SOFTCAP:
-                        t = bent(product, scale, softcap)
-                        ds = ds * (1 - t * t)
-                    used = narrow(used, V, UPCAST)
-                    ds = narrow(ds, Q, UPCAST)
-                    dvalue += tl.dot(used, grad, input_precision=PRECISION)
-                    dk += tl.dot(ds, q, input_precision=PRECISION)
+                    if GRADIENTS != "values":
+                        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+                        if TEMPERATURES:
+                            dp = dp * rho[:, None]
+                        if DROPOUT:
+                            dp = tl.where(alive, dp * kept, 0.0)
+                        ds = p * (dp - delta[None, :])
+                        if SOFTCAP:
+                            t = bent(product, scale, softcap)
+                            ds = ds * (1 - t * t)
+                        ds = narrow(ds, Q, UPCAST)
+                    if GRADIENTS != "keys":
+                        if DROPOUT:
+                            p = tl.where(alive, p * kept, 0.0)
+                        p = narrow(p, V, UPCAST)
+                        dvalue += tl.dot(p, grad, input_precision=PRECISION)
+                    if GRADIENTS != "values":
+                        dk += tl.dot(ds, q, input_precision=PRECISION)
 
     n_global = (bh.to(tl.int64) * S + cols)[:, None]
-    if TEMPERATURES:
-        gained = tl.sum(dvalue * v.to(tl.float32), 1)
-        tl.store(DValueTau + bh.to(tl.int64) * S + cols, gained, mask=cols < S)
-        dvalue = dvalue * rho[:, None]
-    dk = narrow(dk * scale, DKey, UPCAST)
-    tl.store(DKey + n_global * D + d[None, :], dk, mask=(j < S) & (d[None, :] < D))
-    tl.store(
-        DValue + n_global * DV + dv[None, :], dvalue.to(DValue.dtype.element_ty), mask=(j < S) & (dv[None, :] < DV)
-    )
+    if GRADIENTS != "keys":
+        scaled = dvalue
+        if TEMPERATURES:
+            rho = tl.load(ValueTau + bh.to(tl.int64) * S + cols, mask=cols < S, other=0.0).to(tl.float32)
+            scaled = dvalue * rho[:, None]
+        scaled = scaled.to(DValue.dtype.element_ty)
+        tl.store(DValue + n_global * DV + dv[None, :], scaled, mask=(j < S) & (dv[None, :] < DV))
+        if TEMPERATURES:
+            # Loaded in another way than before the loop: else the compiler keeps them in registers all the time.
+            places = n[:, None].to(tl.int64) * stride_vn + dv[None, :] * stride_vd
+            bare = tl.load(V + places, (j < S) & (dv[None, :] < DV), 0.0, eviction_policy="evict_first")
+            gained = tl.sum(dvalue * bare.to(tl.float32), 1)
+            tl.store(DValueTau + bh.to(tl.int64) * S + cols, gained, mask=cols < S)
+    if GRADIENTS != "values":
+        dk = narrow(dk * scale, DKey, UPCAST)
+        tl.store(DKey + n_global * D + d[None, :], dk, mask=(j < S) & (d[None, :] < D))

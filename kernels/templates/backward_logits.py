@@ -106,18 +106,12 @@ def selective_backward_logits(
         row_of = (b * H + hh) * L
         q = tile(Q + hh * stride_qh, m[:, None], d[None, :], stride_qm, stride_qd, L - first_row, True, D, PAD_D)
         k = tile(K + hk * stride_kh, n[:, None], d[None, :], stride_kn, stride_kd, S - first, True, D, PAD_D)
-        v = tile(V + hk * stride_vh, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, True, DV, PAD_DV)
-        grad = tile(
-            DOut + hh * stride_gh, m[:, None], dv[None, :], stride_gm, stride_gd, L - first_row, True, DV, PAD_DV
-        )
         lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
         lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
         delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
         if UPCAST:
             q = q.to(tl.float32)
             k = k.to(tl.float32)
-            v = v.to(tl.float32)
-            grad = grad.to(tl.float32)
         M_head = Mask
         if MASK != "none":
             M_head = Mask + b * stride_mb + hh * stride_mh
@@ -150,6 +144,13 @@ def selective_backward_logits(
         )
         less = taken.to(tl.float32) + lse[:, None]
         p = tl.exp2(s - less) if ADDED else tl.exp2(s * (scale * LOG2E) - less)
+        v = tile(V + hk * stride_vh, n[:, None], dv[None, :], stride_vn, stride_vd, S - first, True, DV, PAD_DV)
+        grad = tile(
+            DOut + hh * stride_gh, m[:, None], dv[None, :], stride_gm, stride_gd, L - first_row, True, DV, PAD_DV
+        )
+        if UPCAST:
+            v = v.to(tl.float32)
+            grad = grad.to(tl.float32)
         dp = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
         total += p * (dp - delta[:, None])
 

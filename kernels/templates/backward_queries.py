@@ -114,9 +114,8 @@ def attention_backward_queries(
     lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
     delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
     if TEMPERATURES:
-        bare = q.to(tl.float32)
         tau = tl.load(QueryTau + row_of + rows, mask=rows < L, other=0.0).to(tl.float32)
-        q = narrow(bare * tau[:, None], Q, UPCAST)
+        q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
     if UPCAST:
         q = q.to(tl.float32)
         grad = grad.to(tl.float32)
@@ -239,8 +238,13 @@ def attention_backward_queries(
     if SLOPE_GRADIENT:
         tl.store(DSlopes + row_of + rows, by_slope, mask=rows < L)
     dq = dq * scale
+    warm = dq
     if TEMPERATURES:
-        tl.store(DQueryTau + row_of + rows, tl.sum(dq * bare, 1), mask=rows < L)
-        dq = dq * tau[:, None]
-    dq = narrow(dq, DQuery, UPCAST)
-    tl.store(DQuery + (row_of + i) * D + d[None, :], dq, mask=(i < L) & (d[None, :] < D))
+        warm = dq * tau[:, None]
+    warm = narrow(warm, DQuery, UPCAST)
+    tl.store(DQuery + (row_of + i) * D + d[None, :], warm, mask=(i < L) & (d[None, :] < D))
+    if TEMPERATURES:
+        # Loaded in another way than before the loop: else the compiler keeps them in registers all the time.
+        places = m[:, None].to(tl.int64) * stride_qm + d[None, :] * stride_qd
+        bare = tl.load(Q + places, (i < L) & (d[None, :] < D), 0.0, eviction_policy="evict_first")
+        tl.store(DQueryTau + row_of + rows, tl.sum(dq * bare.to(tl.float32), 1), mask=rows < L)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.generation.resources import Resources
 from attnrewrite.kernels.tuning.device import Device
-from attnrewrite.kernels.tuning.work import WORK, Shape, Tile, Work
+from attnrewrite.kernels.tuning.work import WORK, Product, Shape, Tile, Work
 
 
 class Rates(NamedTuple):
@@ -35,7 +35,7 @@ class Rates(NamedTuple):
 _NARROW_PRODUCTS = 0.62
 """Of the rate of sm_90, where a program multiplies warp by warp (HMMA); arXiv 2402.13499, section on tensor cores."""
 _RESERVED = 1024  # bytes of shared memory that the driver takes per program
-_WARPS = 4  # a group of warps, which multiplies together
+_WARPS, _ROWS = 4, 64  # of a group of warps, which multiplies together
 
 
 def predict(kernel: str, config: Config, shape: Shape, used: Resources, device: Device, rates: Rates) -> float:
@@ -102,12 +102,12 @@ def _tile(
     """Return the seconds that one tile costs a multiprocessor on which ``programs`` programs run."""
     sms = device.sms
     size = 2 if shape.bits == 16 else 4
-    matmul = sms * _flops(tile) / _product_rate(shape, used, device, rates)
+    multiplied = [_multiplied(p, config, shape, used, device, rates) for p in tile.products]
+    matmul = sms * sum(seconds for seconds, _ in multiplied)
     exponentials = sms * tile.exponentials / device.exponentials
     # A spilled register is stored and loaded again, 32 lanes in one clock.
     simple = sms * tile.simple / device.simple + 2 * used.spills * config.warps / device.clock
-    read = sum(-(-p.m // 64) * p.n * p.k + p.m * p.k for p in tile.products) * size
-    shared = sms * read / device.shared_memory
+    shared = sms * sum(read for _, read in multiplied) * size / device.shared_memory
     loads = sms * tile.loads / device.l2_memory
     chain = matmul + exponentials + simple + rates.tile + (loads if config.stages == 1 else 0.0)
     busiest = max(matmul, exponentials, simple, shared, loads)
@@ -115,11 +115,27 @@ def _tile(
     return busiest + max(0.0, chain - busiest) * (1 - rates.overlap * (1 - 1 / groups))
 
 
-def _product_rate(shape: Shape, used: Resources, device: Device, rates: Rates) -> float:
+def _multiplied(
+    p: Product, config: Config, shape: Shape, used: Resources, device: Device, rates: Rates
+) -> tuple[float, int]:
+    """Return the seconds that the device takes for a product, and the numbers that it reads from shared memory.
+
+    On sm_90 a group of warps multiplies 64 rows at a time (HGMMA). Groups for which there are no rows share out the
+    columns; but where the result feeds another product, triton lays groups along rows alone, and such groups make the
+    rows of others again (``warpsPerTileV3`` in its AccelerateMatmul.cpp). Operands are read for each instruction.
+    """
     if shape.bits == 32:  # exact float32 products have no matrix unit
-        return 2 * device.simple * rates.matmul
-    narrow = _NARROW_PRODUCTS if device.target == "sm_90" and used.matrix == "HMMA" else 1.0
-    return device.matmul * rates.matmul * narrow
+        return 2 * p.m * p.n * p.k / (2 * device.simple * rates.matmul), _operands(p.m, p, 1)
+    grouped = used.matrix == "HGMMA" and p.m >= _ROWS
+    narrow = _NARROW_PRODUCTS if device.target == "sm_90" and not grouped else 1.0
+    alike = max(1, config.warps // _WARPS * _ROWS // p.m) if grouped else 1  # groups at the same rows
+    made = p.m * (alike if p.feeds else 1)
+    return 2 * made * p.n * p.k / (device.matmul * rates.matmul * narrow), _operands(made, p, alike)
+
+
+def _operands(rows: int, p: Product, parts: int) -> int:
+    """Return the numbers that are read to make so many rows, 64 at a time, in so many parts of their columns."""
+    return -(-rows // _ROWS) * p.n * p.k + rows * p.k * parts
 
 
 def _flops(tile: Tile) -> int:

@@ -24,8 +24,8 @@ def estimated(kernel: str, config: Config, shape: Shape) -> Resources:
     if shape.penalty:
         results += config.block_m * config.block_n
     registers = _FIXED + round(_PER_RESULT * results / lanes) + _TEMPERATURES * shape.temperatures
-    held = (config.block_n if kernel.endswith(("keys", "votes")) else config.block_m) * padded(shape.D) * size
+    held = (config.block_n if kernel.endswith(("keys", "values", "votes")) else config.block_m) * padded(shape.D) * size
     shared = config.stages * tile.loads + held if tile.products else 0
-    wide = config.block_m >= _ROWS_OF_WIDE_PRODUCTS and shape.bits != 32  # float32 has none
+    wide = shape.bits != 32 and any(p.m >= _ROWS_OF_WIDE_PRODUCTS for p in tile.products)  # float32 has none
     spills = max(0, registers - _SPILLING)
-    return Resources(min(registers, _MOST), spills, shared, "HGMMA" if wide and tile.products else "HMMA")
+    return Resources(min(registers, _MOST), spills, shared, "HGMMA" if wide else "HMMA")

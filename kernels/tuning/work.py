@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from attnrewrite.kernels.dense.catalogue import padded
+from attnrewrite.kernels.dense.catalogue import made_apart, padded
 from attnrewrite.kernels.dense.configs import Config
 
 FLOAT = 4
@@ -57,11 +57,12 @@ class Shape:
 
 
 class Product(NamedTuple):
-    """A matrix product [m, k] x [k, n]."""
+    """A matrix product [m, k] x [k, n]. ``feeds``: another product takes what is made of its result."""
 
     m: int
     n: int
     k: int
+    feeds: bool = False
 
 
 class Tile(NamedTuple):
@@ -88,7 +89,7 @@ class Work(NamedTuple):
 def forward(s: Shape, c: Config) -> Work:
     """Online softmax over the keys of a block of rows."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(M, N, D), Product(M, Dv, N))
+    products = (Product(M, N, D, feeds=True), Product(M, Dv, N))
     extra = _addends(s) + (1 if s.temperatures else 0)
     loads = N * s.features * s.size + _penalty_tile(s, M, N)
     # Per pair: largest, fma of the exponent, sum, half of a rounding of two; per row the output is scaled down.
@@ -106,9 +107,10 @@ def delta(s: Shape, c: Config) -> Work:
 
 
 def backward_keys(s: Shape, c: Config) -> Work:
-    """Go over the rows of all heads of the group, for a block of keys."""
+    """Go over the rows of all heads of the group, for a block of keys. Of wide heads dv is made elsewhere."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(N, M, D), Product(N, M, Dv), Product(N, Dv, M), Product(N, D, M))
+    scores = (Product(N, M, D, feeds=True), Product(N, M, Dv, feeds=True))
+    products = (*scores, Product(N, D, M), *(() if made_apart(s.D, s.Dv) else (Product(N, Dv, M),)))
     extra = _addends(s) + (1 if s.temperatures else 0)
     scaled = M * D if s.temperatures else 0  # queries by their temperature, in every tile
     loads = M * (s.features * s.size + 2 * FLOAT) + _penalty_tile(s, M, N)
@@ -116,10 +118,17 @@ def backward_keys(s: Shape, c: Config) -> Work:
     return _by_keys(s, c, s.B * s.Hkv, s.H // s.Hkv, tile, _backward_memory(s) + _penalty(s))
 
 
+def backward_values(s: Shape, c: Config) -> Work:
+    """Go over the same rows, for dv alone."""
+    work, M, N = backward_keys(s, c), c.block_m, c.block_n
+    products = (Product(N, M, padded(s.D), feeds=True), Product(N, padded(s.Dv), M))
+    return work._replace(tile=work.tile._replace(products=products))
+
+
 def backward_queries(s: Shape, c: Config) -> Work:
     """Go over the keys of a block of rows."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(M, N, D), Product(M, N, Dv), Product(M, D, N))
+    products = (Product(M, N, D, feeds=True), Product(M, N, Dv, feeds=True), Product(M, D, N))
     extra = _addends(s) + (1 if s.temperatures else 0)
     loads = N * s.features * s.size + _penalty_tile(s, M, N)
     tile = Tile(products, M * N, round((3.5 + extra) * M * N), loads)
@@ -129,7 +138,7 @@ def backward_queries(s: Shape, c: Config) -> Work:
 def votes(s: Shape, c: Config) -> Work:
     """Sum votes down a block of keys; one head. The sum is a product with a triangle, in tf32: half as fast."""
     M, N, D = c.block_m, c.block_n, padded(s.D)
-    products = (Product(M, N, D), Product(M, N, 2 * M))
+    products = (Product(M, N, D, feeds=True), Product(M, N, 2 * M))
     written = _penalty_tile(s, M, N)
     tile = Tile(products, 0, 8 * M * N, M * D * s.size + written)
     return _by_keys(s, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + _penalty(s))
@@ -149,7 +158,7 @@ def backward_logits(s: Shape, c: Config) -> Work:
 def backward_votes(s: Shape, c: Config) -> Work:
     """Walk up a block of keys; one head. The sum over later rows is a product in tf32, half as fast."""
     M, N, D = c.block_m, c.block_n, padded(s.D)
-    products = (Product(M, N, D), Product(M, N, 2 * M), Product(N, D, M))
+    products = (Product(M, N, D, feeds=True), Product(M, N, 2 * M, feeds=True), Product(N, D, M))
     tile = Tile(products, 0, 10 * M * N, M * D * s.size + 2 * _penalty_tile(s, M, N))
     whole = replace(s, dead=0.0)
     return _by_keys(whole, c, s.B, 1, tile, s.B * 2 * s.L * s.D * s.size + 2 * _penalty(s))
@@ -158,7 +167,8 @@ def backward_votes(s: Shape, c: Config) -> Work:
 def backward_shared(s: Shape, c: Config) -> Work:
     """Go over all rows as queries and as keys of a block."""
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
-    products = (Product(M, N, D), Product(M, N, Dv), Product(M, N, Dv), Product(M, Dv, N), Product(M, D, N))
+    values = Product(M, N, Dv, feeds=True)
+    products = (Product(M, N, D, feeds=True), values, values, Product(M, Dv, N), Product(M, D, N))
     tile = Tile(products, 2 * M * N, 8 * M * N, N * ((s.features + padded(s.Dv)) * s.size + 2 * FLOAT))
     return _by_rows(s, c, s.B * s.H, tile, _backward_memory(s))
 
@@ -175,7 +185,7 @@ def decode(s: Shape, c: Config) -> Work:
     M, N, D, Dv = c.block_m, c.block_n, padded(s.D), padded(s.Dv)
     blocks = -(-s.H // s.Hkv * s.L // M)
     steps = -(-s.S // s.parts // N)
-    products = (Product(M, N, D), Product(M, Dv, N))
+    products = (Product(M, N, D, feeds=True), Product(M, Dv, N))
     votes = 2 * FLOAT if s.penalty else 0
     tile = Tile(products, M * N, 6 * M * N, N * (s.features * s.size + votes))
     programs = s.B * s.Hkv * s.parts * blocks
@@ -196,6 +206,7 @@ WORK: dict[str, Callable[[Shape, Config], Work]] = {
     "forward": forward,
     "delta": delta,
     "backward_keys": backward_keys,
+    "backward_values": backward_values,
     "backward_queries": backward_queries,
     "backward_shared": backward_shared,
     "decode": decode,

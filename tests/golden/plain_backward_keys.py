@@ -1,10 +1,10 @@
 """attention_backward_keys, specialised by attnrewrite from its template backward_keys.py.
 
-ALIBI = False, CAUSAL = False, D = 80, DROPOUT = False, DV = 80, GROUP = 1, MASK = 'none', PAD_D = 128, PAD_DV = 128,
-PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST = False, WINDOW =
-False
+ALIBI = False, CAUSAL = False, D = 80, DROPOUT = False, DV = 80, GRADIENTS = 'both', GROUP = 1, MASK = 'none', PAD_D =
+128, PAD_DV = 128, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST =
+False, WINDOW = False
 
-Digest 44faabbd85acb04616da441de90df7e8b9be6527c6da626daf2d8648c787762c.
+Digest 465f95239048c93db73a9ce6fcddd082728c01c2bb313fef133fb5abb186c825.
 """
 
 import triton
@@ -123,11 +123,10 @@ def attention_backward_keys(
             s = product
             p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
             dp = tl.dot(v, tl.trans(grad), input_precision='ieee')
-            used = p
             ds = p * (dp - delta[None, :])
-            used = used.to(V.dtype.element_ty)
             ds = ds.to(Q.dtype.element_ty)
-            dvalue += tl.dot(used, grad, input_precision='ieee')
+            p = p.to(V.dtype.element_ty)
+            dvalue += tl.dot(p, grad, input_precision='ieee')
             dk += tl.dot(ds, q, input_precision='ieee')
         start = all_high
         stop = high
@@ -159,20 +158,17 @@ def attention_backward_keys(
             s = tl.where(j < S, s, float('-inf'))
             p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
             dp = tl.dot(v, tl.trans(grad), input_precision='ieee')
-            used = p
             ds = p * (dp - delta[None, :])
-            used = used.to(V.dtype.element_ty)
             ds = ds.to(Q.dtype.element_ty)
-            dvalue += tl.dot(used, grad, input_precision='ieee')
+            p = p.to(V.dtype.element_ty)
+            dvalue += tl.dot(p, grad, input_precision='ieee')
             dk += tl.dot(ds, q, input_precision='ieee')
 
     n_global = (bh.to(tl.int64) * S + cols)[:, None]
+    scaled = dvalue
+    scaled = scaled.to(DValue.dtype.element_ty)
+    tl.store(DValue + n_global * 80 + dv[None, :], scaled, mask=(j < S) & (dv[None, :] < 80))
     x = dk * scale
     x = x.to(DKey.dtype.element_ty)
     dk = x
     tl.store(DKey + n_global * 80 + d[None, :], dk, mask=(j < S) & (d[None, :] < 80))
-    tl.store(
-        DValue + n_global * 80 + dv[None, :],
-        dvalue.to(DValue.dtype.element_ty),
-        mask=(j < S) & (dv[None, :] < 80),
-    )

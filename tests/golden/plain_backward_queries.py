@@ -4,7 +4,7 @@ ALIBI = False, BIAS_GRADIENT = False, CAUSAL = True, D = 64, DROPOUT = True, DV 
 64, PAD_DV = 64, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SLOPE_GRADIENT = False, SOFTCAP = True,
 TEMPERATURES = False, UPCAST = False, WINDOW = False
 
-Digest 4397b728bd9b6ef2918390962b106edf4bd9f9e82a22899a0d36fd12e1280b3b.
+Digest 8a4bc647d2de154a64874b0b16db4bfa672df2c3985c3ebe04a2fa04ea9780c5.
 """
 
 import triton
@@ -162,5 +162,6 @@ def attention_backward_queries(
         ds = ds.to(K.dtype.element_ty)
         dq += tl.dot(ds, k, input_precision='ieee')
     dq = dq * scale
-    dq = dq.to(DQuery.dtype.element_ty)
-    tl.store(DQuery + (row_of + i) * 64 + d[None, :], dq, mask=(i < L) & (d[None, :] < 64))
+    warm = dq
+    warm = warm.to(DQuery.dtype.element_ty)
+    tl.store(DQuery + (row_of + i) * 64 + d[None, :], warm, mask=(i < L) & (d[None, :] < 64))

@@ -69,7 +69,22 @@ def test_temperatures(dtype, how):
 @pytest.mark.parametrize(
     ("shape", "how"),
     [
+        ({"D": 129}, {"softcap": 3.0}),
+        ({"Dv": 144, "dtype": torch.bfloat16}, CAUSAL),
+    ],
+    ids=str,
+)
+def test_temperatures_of_wide_heads(shape, how):
+    """More than 128 features: dk and dv are made by kernels of their own."""
+    tensors = drawn(40, H=4, Hkv=2, **shape)
+    compare({**tensors, **temperatures(tensors)}, **how)
+
+
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
         ({"L": 1}, {}),
+        ({"L": 40, "D": 129}, {}),
         ({"L": 111, "H": 4, "Hkv": 2, "Dv": 24}, {}),
         ({"L": 130, "B": 2}, {"window": 40}),
         ({}, {"softcap": 2.0}),
@@ -168,10 +183,11 @@ def test_dropout_drops_the_same_weights_backwards():
     assert torch.allclose(gradient, weights[0].mT @ upstream, atol=1e-5)
 
 
-def test_gradients_through_dropout_are_those_of_the_kept_weights():
+@pytest.mark.parametrize("Dv", [16, 144])
+def test_gradients_through_dropout_are_those_of_the_kept_weights(Dv):
     L = 40
-    tensors = drawn(L)
-    upstream = torch.randn(1, 2, L, 16)
+    tensors = drawn(L, Dv=Dv)
+    upstream = torch.randn(1, 2, L, Dv)
     with kernels("triton"):
         torch.manual_seed(3)
         eye = torch.eye(L).expand(1, 2, L, L)

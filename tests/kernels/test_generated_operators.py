@@ -68,7 +68,7 @@ def test_symmetric_attention(pairwise, how):
 def test_shared_gradients_in_half_precision(assert_no_worse):
     """A tile that serves twice is rounded once: no worse than two tiles."""
     shared, value = drawn(1, 2, 111, 24, dtype=torch.bfloat16), drawn(1, 2, 111, 24, seed=1, dtype=torch.bfloat16)
-    upstream = torch.randn(1, 2, 111, 24).bfloat16()
+    upstream = drawn(1, 2, 111, 24, seed=2, dtype=torch.bfloat16).detach()
     wide = [x.detach().double().requires_grad_() for x in (shared, value)]
     with kernels("reference"):
         true = outputs(lambda: symmetric_attention(*wide), wide, upstream.double())

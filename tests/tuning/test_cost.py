@@ -95,7 +95,7 @@ def test_pairs_of_a_call():
 def test_every_kernel_has_a_cost():
     assert WORK.keys() == KERNELS.keys()
     for name in KERNELS:
-        for width, config in ((64, configs(name, 64, 16)[0]), (128, configs(name, 128, 16)[0])):
+        for width, config in ((x, configs(name, x, 16)[0]) for x in (64, 128, 256)):
             shape = replace(P1, D=width, Dv=width, penalty="votes" in name)
             found = predict(name, config, shape, Resources(255, 0, 65_536, "HGMMA"), H200, BEST)
             assert floor(name, shape, H200) < found < 0.1
@@ -133,12 +133,36 @@ def test_what_does_not_fit_takes_for_ever():
         ({}, {"shape": replace(P1, dead=0.75)}),
         ({}, {"shape": replace(P1, window=256)}),
         ({"shape": replace(P1, bits=32)}, {}),
+        # Of 64 rows two groups of warps make the same scores; of less HGMMA makes none.
+        ({"config": Config(64, 64, 8, 3)}, {"config": Config(128, 64, 8, 3)}),
+        ({"config": Config(64, 64, 8, 3)}, {"config": Config(64, 64, 4, 3)}),
+        ({"config": Config(32, 64, 8, 3)}, {"config": Config(64, 64, 4, 3)}),
         ({}, {"device": replace(H200, sms=264, matmul=2 * H200.matmul, exponentials=2 * H200.exponentials)}),
     ],
     ids=str,
 )
 def test_prefers(worse, better):
     assert seconds(**worse) > seconds(**better)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "config", "repeated"),
+    [
+        ("backward_keys", Config(32, 64, 8, 3), 3 / 2),
+        ("backward_queries", Config(64, 64, 8, 2), 5 / 3),
+        ("backward_shared", Config(64, 32, 8, 2), 8 / 5),
+        ("backward_keys", Config(32, 128, 8, 3), 1),
+        ("backward_queries", Config(64, 64, 4, 2), 1),
+        ("backward_logits", Config(64, 64, 8, 1), 1),
+    ],
+)
+def test_what_groups_of_warps_make_twice_is_counted(kernel, config, repeated):
+    """As often as the compiled kernels have HGMMA."""
+    shape = replace(P1, D=128, Dv=128)
+    busy = replace(H200, matmul=H200.matmul / 1000)  # nothing but products takes time
+    found = seconds(kernel, config, shape, device=busy)
+    once = seconds(kernel, config, shape, used=replace(LEAN, matrix="HMMA"), device=replace(busy, target="sm_100"))
+    assert found / once == pytest.approx(repeated, rel=0.01)
 
 
 def test_a_program_more_than_the_device_holds_starts_a_wave():

@@ -15,6 +15,7 @@ from attnrewrite.backend import Backend
 from attnrewrite.cli import main
 from attnrewrite.kernels.dense import keys, tuned
 from attnrewrite.kernels.dense.configs import Config, configs
+from attnrewrite.kernels.dense.names import OPERATORS, kernel_names
 from attnrewrite.kernels.dense.space import SPACES
 from attnrewrite.kernels.diagnostics import TuningError
 from attnrewrite.kernels.store.key import pairs
@@ -44,6 +45,17 @@ TASKS = tasks_of("sdpa")
 )
 def test_all_kernels_of_a_variant_are_found(variant, names):
     assert {task.key.kernel for task in tasks_of(variant, Hkv=4)} == set(names.split())
+
+
+def test_gradients_of_wide_heads_are_made_by_two_kernels():
+    """And reports name both."""
+    found = {task.key.kernel: task for task in tasks_of("sdpa", Hkv=4, D=160, Dv=32, step=False)}
+    assert set(found) == {"forward", "delta", "backward_keys", "backward_values", "backward_queries"}
+    made = [dict(found[name].key.flags)["GRADIENTS"] for name in ("backward_keys", "backward_values")]
+    assert made == ["keys", "values"]
+    tensors = (torch.empty(1, 4, 256, width, dtype=torch.bfloat16) for width in (160, 160, 32))
+    named = kernel_names(OPERATORS[0], (*tensors, *[None] * 6, 1.0, 0.0, True, None, None), learns=True)
+    assert [name.rpartition("_")[2] for name in named] == [task.key.source[:16] for task in found.values()]
 
 
 def test_symmetric_both_ways_has_a_backward_pass_of_its_own():
