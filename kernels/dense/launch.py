@@ -19,6 +19,7 @@ from attnrewrite.kernels.dense.configs import Config
 from attnrewrite.kernels.dense.descriptors import can_describe, with_scratch
 from attnrewrite.kernels.generation.emit import Emitted, Flag
 from attnrewrite.kernels.generation.loading import load
+from attnrewrite.kernels.generation.resources import Resources
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -134,17 +135,47 @@ class Launch:
         own = {} if self.prepare is None else self.prepare(config)
         return chosen(self.emitted.parameters, {**self.arguments, **own, **config.constants})
 
+    def uses(self, config: Config) -> Resources | None:
+        """Compile it for the device of its tensors, without running it; None where the device cannot run it."""
+        try:
+            with _passes_named():
+                made = load(self.emitted).warmup(grid=(1,), **self.whole(config), **_how(config))
+                made.run  # noqa: B018  # loads it, upon which it knows what it uses
+        except cannot_run():
+            return None
+        return Resources(made.n_regs, made.n_spills, made.metadata.shared, "")
+
     def __call__(self, config: Config) -> None:
         """Run it, unless there is nothing to do. Raises what ``cannot_run`` lists."""
         programs = self.programs(config)
         if not programs:
             return
-        how = {"num_warps": config.warps, "num_stages": config.stages}
-        start = partial(load(self.emitted)[(programs,)], **self.whole(config), **how)
-        if config.descriptors:
-            with_scratch(start, self.call.query.device)
-        else:
-            start()
+        start = partial(load(self.emitted)[(programs,)], **self.whole(config), **_how(config))
+        with _passes_named():
+            if config.descriptors:
+                with_scratch(start, self.call.query.device)
+            else:
+                start()
+
+
+class PassFailedError(Exception):
+    """One of the compiler's passes failed."""
+
+
+@contextmanager
+def _passes_named() -> Iterator[None]:
+    """Give a failing pass, of which triton makes a bare RuntimeError like any other, an error of its own."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if "PassManager" not in str(failure):
+            raise
+        raise PassFailedError(str(failure)) from failure
+
+
+def _how(config: Config) -> dict[str, int]:
+    """Return how triton is asked to compile."""
+    return {"num_warps": config.warps, "num_stages": config.stages}
 
 
 def run(
@@ -203,7 +234,7 @@ def cannot_run() -> tuple[type[Exception], ...]:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    return OutOfResources, PTXASError, CompilationError
+    return OutOfResources, PTXASError, CompilationError, PassFailedError
 
 
 def row_blocks(call: Call, config: Config) -> int:

@@ -1,4 +1,4 @@
-"""The configuration that the cost model prefers, where nothing was measured and nothing is to be compiled first."""
+"""The configuration that the cost model prefers, where nothing was measured."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from attnrewrite.kernels.dense.configs import Config, configs
 from attnrewrite.kernels.dense.keys import shape_of
 from attnrewrite.kernels.dense.space import SPACES
 from attnrewrite.kernels.tuning.cost import Rates, predict
-from attnrewrite.kernels.tuning.device import Device, present
+from attnrewrite.kernels.tuning.device import H200, Device, present
 from attnrewrite.kernels.tuning.estimate import estimated
 from attnrewrite.kernels.tuning.rates import rates_of
+from attnrewrite.kernels.tuning.spills import spilling_least
 from attnrewrite.kernels.tuning.work import WORK, Shape
 
 if TYPE_CHECKING:
@@ -27,13 +28,18 @@ _WAVES = 2
 
 
 def preferred(launch: Launch, key: Key, store: Store) -> Config:
-    """Return the first configuration, or one of smaller tiles where that is expected to be clearly faster."""
-    first = configs(launch.name, launch.widest, launch.bits)[0]
+    """Return the first configuration, or one of smaller tiles: where the compiler spills, or the device idles.
+
+    It is compiled, as it will be anyway; others only where it spills.
+    """
+    first, shape = configs(launch.name, launch.widest, launch.bits)[0], shape_of(launch)
     try:
         device = present(launch.call.query.device.index)
-    except ValueError:  # a generation without numbers
-        return first
-    return smaller(launch.name, first, shape_of(launch), device, rates_of(device, key, store))
+    except ValueError:  # a generation without numbers: those of another one put tiles in much the same order
+        return spilling_least(launch.name, first, shape, launch.uses, H200, Rates())
+    rates = rates_of(device, key, store)
+    begin = smaller(launch.name, first, shape, device, rates)
+    return spilling_least(launch.name, begin, shape, launch.uses, device, rates)
 
 
 def smaller(kernel: str, first: Config, shape: Shape, device: Device, rates: Rates) -> Config:

@@ -1,33 +1,24 @@
-"""Tuning from the command to the store, with a simulated device; and what a launch makes of it."""
+"""Tuning from the command to the store, with a simulated device."""
 
 import json
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from simulated import CPU, H200, HERE, PLACE, Benches, SimulatedGPU, session, silent, tasks_of
+from simulated import H200, HERE, PLACE, Benches, SimulatedGPU, session, silent, tasks_of
 from store_support import store
 from tiny import llama
 
 import attnrewrite
-from attnrewrite.backend import Backend
 from attnrewrite.cli import main
-from attnrewrite.kernels.dense import keys, tuned
 from attnrewrite.kernels.dense.configs import Config, configs
 from attnrewrite.kernels.dense.names import OPERATORS, kernel_names
 from attnrewrite.kernels.dense.space import SPACES
 from attnrewrite.kernels.diagnostics import TuningError
 from attnrewrite.kernels.store.key import pairs
 from attnrewrite.kernels.store.modes import Mode
-from attnrewrite.kernels.store.record import Record, Timing
-from attnrewrite.kernels.store.settings import default_store
-from attnrewrite.kernels.store.validation import read
 from attnrewrite.kernels.tuning.cost import Rates
-from attnrewrite.kernels.tuning.model import smaller
 from attnrewrite.kernels.tuning.rates import SPACE, as_config, key_like, rates_of
-from attnrewrite.kernels.tuning.tasks import Task, of_run
-from attnrewrite.kernels.tuning.work import Shape
+from attnrewrite.kernels.tuning.tasks import of_run
 from attnrewrite.loading import LoadedModel
 from attnrewrite.tuning import Session, of_model
 
@@ -165,7 +156,6 @@ def test_the_cost_model_is_fitted_to_what_was_measured(tmp_path):
 
 @pytest.mark.parametrize("change", [{"matmul": "2"}, {"matmul": "nan"}, {"matmul": "x"}, {"more": "1"}])
 def test_rates_out_of_their_limits_are_refused(change):
-    from attnrewrite.kernels.store.key import pairs
     from attnrewrite.kernels.store.validation import fits
 
     good = dict(as_config(Rates()))
@@ -216,107 +206,6 @@ def test_where_tensors_are_not_fit_no_descriptors_are_considered(tmp_path):
 def test_heads_that_descriptors_cannot_describe():
     assert {task.key.kernel for task in TASKS if task.descriptors} == {"forward", "backward_keys", "backward_queries"}
     assert not any(task.descriptors for task in tasks_of("sdpa", D=20, Dv=20))
-
-
-# What a launch makes of records: with a stand-in for one on a GPU, of which only its key and sizes are read.
-
-
-class OnGPU:
-    """A tensor that says that it is on a GPU."""
-
-    def __init__(self, tensor):
-        self.tensor, self.is_cuda = tensor, True
-        self.device = SimpleNamespace(index=0)
-
-    def __getattr__(self, name):
-        return getattr(self.tensor, name)
-
-
-@pytest.fixture
-def launch(monkeypatch):
-    found = []
-    from attnrewrite.kernels.dense.launch import launched_by
-    from attnrewrite.kernels.dense.sample import Recipe, Sample
-
-    with launched_by(found.append):
-        Sample(Recipe(1, 2, 2, 256, 256, 64, 64, scale=0.125, causal=True), CPU).run()
-    made = found[0]
-    monkeypatch.setattr(keys, "here", lambda index: HERE)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("attnrewrite.kernels.tuning.model.present", lambda index: H200)
-    return replace(made, call=replace(made.call, query=OnGPU(made.call.query)))
-
-
-def test_a_launch_without_a_record_runs_what_the_model_prefers(launch):
-    first, *rest = tuned.configurations(launch)
-    assert first == smaller("forward", configs("forward", 64, 16)[0], keys.shape_of(launch), H200, rates_of_nothing())
-    assert configs("forward", 64, 16)[0] in rest or first == configs("forward", 64, 16)[0]
-
-
-def rates_of_nothing():
-    from attnrewrite.kernels.tuning.published import RATES
-
-    return RATES[H200.name]
-
-
-def test_a_launch_runs_what_is_stored(launch):
-    task = Task.of(launch, keys.key_of(launch, HERE))
-    results = session(default_store(), Benches()).tune([task], silent)
-    assert tuned.configurations(launch)[0] == results[0].outcome.winner
-
-
-def test_a_stored_configuration_that_does_not_run_is_followed_by_defaults(launch):
-    found = tuned.configurations(launch)
-    assert found[-1] == Config(16, 16, 4, 1)
-
-
-def test_after_a_winner_with_descriptors_comes_the_fastest_without(launch):
-    """For launches of tensors that are not fit for them."""
-    winner, second, slow = Config(64, 64, 4, 2, descriptors=True), Config(128, 64, 8, 2), Config(64, 64, 4, 2)
-    timings = [
-        Timing(pairs(config._asdict()), "ok", ms, ms, ms, 40)
-        for config, ms in ((slow, 3.0), (winner, 1.0), (second, 2.0), (Config(32, 64, descriptors=True), 1.5))
-    ]
-    key = keys.key_of(launch, HERE)
-    default_store().put(Record(key, tuple(timings), pairs(winner._asdict()), 0.01, 1, 0))
-    assert tuned.configurations(launch)[:3] == (winner, second, configs("forward", 64, 16)[0])
-    assert read(default_store().find(key, SPACES["forward"]).record.data).winner == pairs(winner._asdict())
-
-
-def test_mode_off_runs_the_default(launch):
-    tuned.search_as("off")
-    assert list(tuned.configurations(launch)) == configs("forward", 64, 16)
-
-
-def test_the_backend_sets_the_mode(monkeypatch):
-    model = torch.nn.Linear(2, 2)
-    torch.compile(model, backend=Backend(autotune="off", inner="eager"))(torch.zeros(1, 2))
-    assert default_store().mode.search == "off"
-
-
-def test_mode_quick_tunes_at_the_first_call(launch, monkeypatch):
-    asked = []
-    monkeypatch.setattr("attnrewrite.kernels.tuning.now.tune_now", lambda *given: asked.append(given))
-    tuned.search_as("quick")
-    tuned.configurations(launch)
-    tuned.configurations(launch)
-    assert len(asked) == 1
-
-
-def test_a_lookup_needs_no_key(launch, monkeypatch):
-    tuned.configurations(launch)
-    monkeypatch.setattr(keys, "key_of", None)
-    assert tuned.configurations(launch)
-
-
-def test_few_programs_get_smaller_tiles():
-    first = configs("forward", 64, 16)[0]
-    crowded = Shape(8, 32, 32, 4096, 4096, 64, 64, causal=True)
-    assert smaller("forward", first, crowded, H200, rates_of_nothing()) == first
-    lonely = Shape(1, 4, 4, 512, 512, 64, 64, causal=True)
-    chosen = smaller("forward", first, lonely, H200, rates_of_nothing())
-    assert chosen.block_m < first.block_m
-    assert chosen[2:] == first[2:]
 
 
 # The command
