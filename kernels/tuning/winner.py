@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,9 @@ from attnrewrite.kernels.generation.resources import Resources
 
 BAND = 0.01
 """What is slower by up to about this part counts as equally fast."""
-_FASTEST = 0.05
-"""The part of all runs that tells how long a kernel takes."""
+_PARTS = (0.05, 0.01, 0.002)
+"""Of all runs, the fastest ones that tell how long a kernel takes."""
+_FOLDS = 8
 _RESAMPLED = 100
 
 
@@ -47,15 +49,27 @@ def relative(samples: Samples) -> dict[Config, float]:
     """Return how long each takes beside the fastest, by the mean of its fastest runs.
 
     What disturbs a run makes it slower, so that the fastest ones vary least (Chen and Revels, arXiv 1608.04295); as all
-    run in turns, each meets the device at its best.
+    run in turns, each meets the device at its best. How many runs that are, is decided by what folds of the rounds
+    differ in least: the fewer, the less noise, but a short moment, or noise that also makes runs faster, has its way.
     """
-    times = {config: _fastest(runs) for config, runs in samples.items()}
+    return _relative(samples, min(_PARTS, key=lambda part: _spread(samples, part)))
+
+
+def _relative(samples: Samples, part: float) -> dict[Config, float]:
+    times = {config: _fastest(runs, part) for config, runs in samples.items()}
     best = min(times.values())
     return {config: time / best for config, time in times.items()}
 
 
-def _fastest(runs: Sequence[float]) -> float:
-    return statistics.fmean(sorted(runs)[: max(1, round(_FASTEST * len(runs)))])
+def _fastest(runs: Sequence[float], part: float) -> float:
+    return statistics.fmean(sorted(runs)[: max(1, round(part * len(runs)))])
+
+
+def _spread(samples: Samples, part: float) -> float:
+    """Return how much folds of the rounds differ."""
+    count = min(_FOLDS, *map(len, samples.values()))
+    folds = [_relative({config: runs[at::count] for config, runs in samples.items()}, part) for at in range(count)]
+    return math.fsum(statistics.pvariance([fold[config] for fold in folds]) for config in samples)
 
 
 def _winner(times: Mapping[Config, float], used: Mapping[Config, Resources]) -> tuple[Config, float]:
