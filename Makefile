@@ -1,5 +1,5 @@
 # Every target sets up what it needs in .venv; the second run finds it there.
-#   make demo   make test   make test-all   make lint   make docs   make resources   make predictions   make coverage   make conversions   make bench   make clean
+#   make demo   make test   make test-all   make lint   make docs   make resources   make predictions   make pack   make coverage   make conversions   make bench   make clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-all lint docs resources predictions coverage conversions bench clean
+.PHONY: demo test test-all lint docs resources predictions pack coverage conversions bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -42,6 +42,10 @@ resources: $(VENV)/ready
 # Some minutes: the cost model's expectations for an H200, which need not be there.
 predictions: $(VENV)/ready
 	$(BIN)/python benchmarks/predict.py docs/kernels.md
+
+# Hours, on a GPU, in as many sittings as wanted: what the pack has is left alone. BUDGET is in seconds.
+pack: $(VENV)/ready
+	$(BIN)/python benchmarks/tuned_pack.py$(if $(BUDGET), --budget $(BUDGET))
 
 # An hour: every family at every entry. VISION names a folder with timm and torchvision; without it their rows stay as
 # they are.
