@@ -12,6 +12,7 @@ from attnrewrite.kernels.generation.resources import Resources
 from attnrewrite.kernels.tuning.cost import Rates, floor, predict
 from attnrewrite.kernels.tuning.device import Device
 from attnrewrite.kernels.tuning.published import CUDNN_FORWARD_D128
+from attnrewrite.kernels.tuning.spills import spilling_least
 from attnrewrite.kernels.tuning.work import Shape
 from suite.goals import (
     CUDNN,
@@ -113,7 +114,11 @@ class Model:
         return predict(name, config, shape(case, variant, dead), used, self.device, self.rates)
 
     def _sum(self, names: tuple[str, ...], variant: str, case: Case, dead: float = 0.0) -> float:
-        return sum(self.kernel(name, _compiled(name, variant), case, first(name, case), dead) for name in names)
+        found = 0.0
+        for name in names:
+            of = _compiled(name, variant)
+            found += self.kernel(name, of, case, untuned(name, of, case, self.usage, self.device, self.rates), dead)
+        return found
 
     def _selective(self, case: Case, forward: bool, dead: float) -> float:
         votes = self._sum(("votes",), "selective", case)
@@ -134,7 +139,7 @@ class Model:
         """Return the seconds of one query to all keys; whoever puts the parts together takes as long as our kernel."""
         groups, processors = case.B * case.H, self.device.sms
         parts = split(groups, case.N, processors).parts if ours else max(1, processors // groups * 2)
-        tried = (first("decode", case),) if ours else _FLEX_DECODE
+        tried = configs("decode", case.D, 16)[:1] if ours else _FLEX_DECODE
 
         def seconds(name: str, config: Config) -> float:
             variant = "selective" if ours and name == "decode" else "sdpa"
@@ -142,7 +147,9 @@ class Model:
             of = replace(shape(case, variant), L=1, parts=parts)
             return predict(name, config, of, used, self.device, self.rates)
 
-        together = min(seconds("decode", config) for config in tried) + seconds("merge", first("merge", case))
+        together = min(seconds("decode", config) for config in tried) + seconds(
+            "merge", configs("merge", case.D, 16)[0]
+        )
         return together + (_GROWN * self.rates.launch if ours else 0.0)
 
     def _gemm(self, batch: int, m: int, n: int, k: int, size: int) -> float:
@@ -175,12 +182,17 @@ def flex_configs(name: str, case: Case) -> tuple[Config, ...]:
     """Return the configurations that FlexAttention tries for its counterpart of our kernel ``name``."""
     if name == "forward":
         return _FLEX_FORWARD + ((_FLEX_DEFAULT[case.D],) if case.D in _FLEX_DEFAULT else ())
-    return _FLEX_BACKWARD.get(name, (first(name, case),))
+    return _FLEX_BACKWARD.get(name, tuple(configs(name, case.D, 16)[:1]))
 
 
-def first(name: str, case: Case) -> Config:
-    """Return the configuration that is tried first."""
-    return configs(name, case.D, 16)[0]
+def untuned(name: str, variant: str, case: Case, usage: Usage, device: Device, rates: Rates) -> Config:
+    """Return what runs where nothing was tuned."""
+
+    def uses(config: Config) -> Resources | None:
+        used = usage(name, variant, case.D, config, device.target, case.causal)
+        return used if used.shared <= device.shared_block else None
+
+    return spilling_least(name, configs(name, case.D, 16)[0], shape(case, variant), uses, device, rates)
 
 
 def extra_memory(case: Case) -> float:

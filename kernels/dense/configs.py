@@ -31,7 +31,7 @@ class Config(NamedTuple):
 
 _SMALLEST = Config(16, 16, 4, 1)
 _NARROW, _MIDDLE = 64, 128
-_FORWARD = (Config(128, 32, 8, 3), Config(128, 64, 8, 3), Config(128, 32, 8, 2))
+_FORWARD = (Config(128, 32, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 2))
 _WIDTHS: dict[str, tuple[Config, Config, Config]] = {
     "forward": _FORWARD,
     "live": _FORWARD,

@@ -59,11 +59,18 @@ def spilling_least(
 
 
 def _fastest(kernel: str, first: Config, shape: Shape, device: Device, rates: Rates, most: float) -> Config | None:
-    """Return the configuration that is expected to be fastest among those that want no more registers than ``most``."""
+    """Return the configuration that is expected to be fastest among those that want no more registers than ``most``.
+
+    To the model all that pipeline are alike; of those it takes the one with three stages, or nearly.
+    """
     ranked = [
-        (predict(kernel, config, shape, estimated(kernel, config, shape), device, rates), config)
+        (
+            predict(kernel, config, shape, estimated(kernel, config, shape), device, rates),
+            abs(config.stages - 3),
+            config,
+        )
         for config in replace(SPACES[kernel], descriptors=(first.descriptors,))
         if wanted_registers(kernel, config, shape) <= most
     ]
-    seconds, config = min(ranked, default=(math.inf, first))
+    seconds, _, config = min(ranked, default=(math.inf, 0, first))
     return config if seconds < math.inf else None

@@ -18,7 +18,6 @@ from attnrewrite.bench.clock import rounded, wall
 from attnrewrite.bench.contest import Contest, hold, reason
 from attnrewrite.bench.memory import peak
 from attnrewrite.functional import kernels
-from attnrewrite.kernels.dense.configs import configs
 from attnrewrite.kernels.tuning.calibration import Point, fit, misfit
 from attnrewrite.kernels.tuning.clock import CudaClock
 from attnrewrite.kernels.tuning.cost import Rates
@@ -27,7 +26,7 @@ from attnrewrite.kernels.tuning.quantile import quantile
 from suite.beforehand import beforehand
 from suite.figures import Figure, Goal, Result, ratio
 from suite.goals import CASES, EAGER_SELECTIVE, GOALS, MEMORY, PLAIN, SELECTIVE, SSA, Aim
-from suite.model import shape
+from suite.model import shape, untuned
 from suite.peers import passes, providers
 from suite.roofline import Dot, roofline
 from suite.usage import usage
@@ -220,7 +219,7 @@ def _rates(
             for (provider, kernel), seconds in launches.get(name, {}).items():
                 variant, case = _OF.get(provider), contest.case
                 if variant is not None and kernel != "delta":
-                    config = configs(kernel, case.D, 16)[0]
+                    config = untuned(kernel, variant, case, usage, device, Rates())
                     used = usage(kernel, variant, case.D, config, device.target, case.causal)
                     points.append(Point(kernel, config, shape(case, variant), used, seconds))
         found = fit(points, device)
