@@ -143,102 +143,101 @@ def attention_backward_keys(
 
     dk = tl.zeros([BLOCK_N, PAD_D], tl.float32)
     dvalue = tl.zeros([BLOCK_N, PAD_DV], tl.float32)
-    for g in tl.range(0, GROUP):
-        h = hk * GROUP + g
-        row_of = (b * H + h) * L
-        Q_head = Q + b * stride_qb + h * stride_qh
-        G_head = DOut + b * stride_gb + h * stride_gh
-        M_head = Mask
-        if MASK != "none":
-            M_head = Mask + b * stride_mb + h * stride_mh
-        slope = 0.0
-        if ALIBI:
-            slope = tl.load(Slopes + h).to(tl.float32)
-        for PART in tl.static_range(3):
-            if PART == 1 or PART == 2 or CAUSAL:
-                if PART == 0:  # the diagonal
-                    start = low
-                    stop = all_low
-                elif PART == 1:  # no position hides anything
-                    start = all_low
-                    stop = all_high
-                else:  # the edge of the window, and the end of the sequence
-                    start = all_high
-                    stop = high
-                for first_row in tl.range(start, stop, BLOCK_M):
-                    rows = first_row + m
-                    i = rows[None, :]
-                    if DESCRIPTORS:
-                        q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_D)
-                        grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_DV)
-                    else:
-                        place = tl.cast(first_row, tl.int64)
-                        Q_tile = Q_head + place * stride_qm
-                        G_tile = G_head + place * stride_gm
-                        left = L - first_row
-                        q = tile(Q_tile, m[:, None], d[None, :], stride_qm, stride_qd, left, PART != 1, D, PAD_D)
-                        grad = tile(G_tile, m[:, None], dv[None, :], stride_gm, stride_gd, left, PART != 1, DV, PAD_DV)
-                    lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
-                    lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
-                    delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
+    for PART in tl.static_range(3):
+        if PART == 1 or PART == 2 or CAUSAL:
+            if PART == 0:  # the diagonal
+                start = low
+                stop = all_low
+            elif PART == 1:  # no position hides anything
+                start = all_low
+                stop = all_high
+            else:  # the edge of the window, and the end of the sequence
+                start = all_high
+                stop = high
+            # Rows of all heads of the group in one loop: with a loop for each, registers would hold keys and values.
+            for step in tl.range(0, tl.cdiv(stop - start, BLOCK_M) * GROUP):
+                first_row = start + step // GROUP * BLOCK_M
+                h = hk * GROUP + step % GROUP
+                row_of = (b * H + h) * L
+                M_head = Mask
+                if MASK != "none":
+                    M_head = Mask + b * stride_mb + h * stride_mh
+                slope = 0.0
+                if ALIBI:
+                    slope = tl.load(Slopes + h).to(tl.float32)
+                rows = first_row + m
+                i = rows[None, :]
+                if DESCRIPTORS:
+                    q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_D)
+                    grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, PAD_DV)
+                else:
+                    place = tl.cast(first_row, tl.int64)
+                    Q_tile = Q + b * stride_qb + h * stride_qh + place * stride_qm
+                    G_tile = DOut + b * stride_gb + h * stride_gh + place * stride_gm
+                    left = L - first_row
+                    q = tile(Q_tile, m[:, None], d[None, :], stride_qm, stride_qd, left, PART != 1, D, PAD_D)
+                    grad = tile(G_tile, m[:, None], dv[None, :], stride_gm, stride_gd, left, PART != 1, DV, PAD_DV)
+                lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float("inf"))
+                lse = tl.where(lse == float("-inf"), float("inf"), lse)  # a row that sees no key
+                delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
+                if TEMPERATURES:
+                    tau = tl.load(QueryTau + row_of + rows, mask=rows < L, other=0.0).to(tl.float32)
+                    q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
+                if UPCAST:
+                    q = q.to(tl.float32)
+                    grad = grad.to(tl.float32)
+                if PENALTY and DESCRIPTORS:
+                    taken = tl.trans(penalties.load([first_row, first]))
+                elif PENALTY:
+                    taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
+                else:
+                    taken = 0.0
+                product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                s = product
+                s = scored(
+                    s,
+                    i,
+                    j,
+                    L,
+                    S,
+                    offset,
+                    window,
+                    scale,
+                    softcap,
+                    slope,
+                    M_head,
+                    stride_mm,
+                    stride_mn,
+                    taken,
+                    PART != 1,
+                    CAUSAL,
+                    WINDOW,
+                    MASK,
+                    SOFTCAP,
+                    ALIBI,
+                    PENALTY,
+                )
+                p = tl.exp2(s - lse[None, :]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[None, :])
+                if DROPOUT:
+                    alive = survives(i, j, (b * H + h).to(tl.int32), Seed, threshold)
+                if GRADIENTS != "values":
+                    dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
                     if TEMPERATURES:
-                        tau = tl.load(QueryTau + row_of + rows, mask=rows < L, other=0.0).to(tl.float32)
-                        q = narrow(q.to(tl.float32) * tau[:, None], Q, UPCAST)
-                    if UPCAST:
-                        q = q.to(tl.float32)
-                        grad = grad.to(tl.float32)
-                    if PENALTY and DESCRIPTORS:
-                        taken = tl.trans(penalties.load([first_row, first]))
-                    elif PENALTY:
-                        taken = tl.load(Penalty + i.to(tl.int64) * stride_pm + j, mask=(i < L) & (j < S), other=0.0)
-                    else:
-                        taken = 0.0
-                    product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                    s = product
-                    s = scored(
-                        s,
-                        i,
-                        j,
-                        L,
-                        S,
-                        offset,
-                        window,
-                        scale,
-                        softcap,
-                        slope,
-                        M_head,
-                        stride_mm,
-                        stride_mn,
-                        taken,
-                        PART != 1,
-                        CAUSAL,
-                        WINDOW,
-                        MASK,
-                        SOFTCAP,
-                        ALIBI,
-                        PENALTY,
-                    )
-                    p = tl.exp2(s - lse[None, :]) if ADDED else tl.exp2(s * (scale * LOG2E) - lse[None, :])
+                        dp = dp * rho[:, None]
                     if DROPOUT:
-                        alive = survives(i, j, (b * H + h).to(tl.int32), Seed, threshold)
-                    if GRADIENTS != "values":
-                        dp = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-                        if TEMPERATURES:
-                            dp = dp * rho[:, None]
-                        if DROPOUT:
-                            dp = tl.where(alive, dp * kept, 0.0)
-                        ds = p * (dp - delta[None, :])
-                        if SOFTCAP:
-                            t = bent(product, scale, softcap)
-                            ds = ds * (1 - t * t)
-                        ds = narrow(ds, Q, UPCAST)
-                    if GRADIENTS != "keys":
-                        if DROPOUT:
-                            p = tl.where(alive, p * kept, 0.0)
-                        p = narrow(p, V, UPCAST)
-                        dvalue += tl.dot(p, grad, input_precision=PRECISION)
-                    if GRADIENTS != "values":
-                        dk += tl.dot(ds, q, input_precision=PRECISION)
+                        dp = tl.where(alive, dp * kept, 0.0)
+                    ds = p * (dp - delta[None, :])
+                    if SOFTCAP:
+                        t = bent(product, scale, softcap)
+                        ds = ds * (1 - t * t)
+                    ds = narrow(ds, Q, UPCAST)
+                if GRADIENTS != "keys":
+                    if DROPOUT:
+                        p = tl.where(alive, p * kept, 0.0)
+                    p = narrow(p, V, UPCAST)
+                    dvalue += tl.dot(p, grad, input_precision=PRECISION)
+                if GRADIENTS != "values":
+                    dk += tl.dot(ds, q, input_precision=PRECISION)
 
     n_global = (bh.to(tl.int64) * S + cols)[:, None]
     if GRADIENTS != "keys":

@@ -18,7 +18,7 @@ from attnrewrite.kernels.tuning.device import Device
 from attnrewrite.kernels.tuning.estimate import estimated, wanted_registers
 from attnrewrite.kernels.tuning.work import Shape
 
-_TRIES = 5
+_TRIES = 8
 _FEW = 32
 _LESS, _MUCH_LESS = 0.98, 0.75
 """Of the registers that the last one wanted, after few spills and after many."""
@@ -42,7 +42,7 @@ def spilling_least(
         device: where it would run, for the cost model.
         rates: what kernels reach there.
 
-    It goes on to fewer and fewer registers until nothing spills or five were compiled: then the one that spills least.
+    It goes on to fewer and fewer registers until nothing spills or eight were compiled: then the one that spills least.
     """
     found: dict[Config, int] = {}
     config: Config | None = first
@@ -72,5 +72,9 @@ def _fastest(kernel: str, first: Config, shape: Shape, device: Device, rates: Ra
         for config in replace(SPACES[kernel], descriptors=(first.descriptors,))
         if wanted_registers(kernel, config, shape) <= most
     ]
-    seconds, _, config = min(ranked, default=(math.inf, 0, first))
+    seconds, *_, config = min(ranked, default=(math.inf, 0, 0, first))
     return config if seconds < math.inf else None
+
+
+def _as_usual(config: Config) -> tuple[int, int]:
+    return -config.block_m * config.block_n, abs(config.stages - 3)

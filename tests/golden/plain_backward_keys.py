@@ -4,7 +4,7 @@ ALIBI = False, CAUSAL = False, D = 80, DROPOUT = False, DV = 80, GRADIENTS = 'bo
 128, PAD_DV = 128, PENALTY = False, PRECISION = 'ieee', SKIPS = False, SOFTCAP = False, TEMPERATURES = False, UPCAST =
 False, WINDOW = False
 
-Digest 465f95239048c93db73a9ce6fcddd082728c01c2bb313fef133fb5abb186c825.
+Digest a1433867be30e662b0a3ccd8d5494d61d4b7586ce261b42e59ac3836163256a0.
 """
 
 import triton
@@ -93,76 +93,75 @@ def attention_backward_keys(
 
     dk = tl.zeros([BLOCK_N, 128], tl.float32)
     dvalue = tl.zeros([BLOCK_N, 128], tl.float32)
-    for g in tl.range(0, 1):
-        h = hk * 1 + g
+    start = all_low
+    stop = all_high
+    # Rows of all heads of the group in one loop: with a loop for each, registers would hold keys and values.
+    for step in tl.range(0, tl.cdiv(stop - start, BLOCK_M) * 1):
+        first_row = start + step // 1 * BLOCK_M
+        h = hk * 1 + step % 1
         row_of = (b * H + h) * L
-        Q_head = Q + b * stride_qb + h * stride_qh
-        G_head = DOut + b * stride_gb + h * stride_gh
-        start = all_low
-        stop = all_high
-        for first_row in tl.range(start, stop, BLOCK_M):
-            rows = first_row + m
-            if DESCRIPTORS:
-                q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
-                grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
-            else:
-                place = tl.cast(first_row, tl.int64)
-                Q_tile = Q_head + place * stride_qm
-                G_tile = G_head + place * stride_gm
-                left = L - first_row
-                q = tl.load(Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd, mask=d[None, :] < 80, other=0.0)
-                grad = tl.load(
-                    G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd,
-                    mask=dv[None, :] < 80,
-                    other=0.0,
-                )
-            lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
-            lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
-            delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
-            product = tl.dot(k, tl.trans(q), input_precision='ieee')
-            s = product
-            p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
-            dp = tl.dot(v, tl.trans(grad), input_precision='ieee')
-            ds = p * (dp - delta[None, :])
-            ds = ds.to(Q.dtype.element_ty)
-            p = p.to(V.dtype.element_ty)
-            dvalue += tl.dot(p, grad, input_precision='ieee')
-            dk += tl.dot(ds, q, input_precision='ieee')
-        start = all_high
-        stop = high
-        for first_row in tl.range(start, stop, BLOCK_M):
-            rows = first_row + m
-            if DESCRIPTORS:
-                q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
-                grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
-            else:
-                place = tl.cast(first_row, tl.int64)
-                Q_tile = Q_head + place * stride_qm
-                G_tile = G_head + place * stride_gm
-                left = L - first_row
-                q = tl.load(
-                    Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd,
-                    mask=(m[:, None] < left) & (d[None, :] < 80),
-                    other=0.0,
-                )
-                grad = tl.load(
-                    G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd,
-                    mask=(m[:, None] < left) & (dv[None, :] < 80),
-                    other=0.0,
-                )
-            lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
-            lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
-            delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
-            product = tl.dot(k, tl.trans(q), input_precision='ieee')
-            s = product
-            s = tl.where(j < S, s, float('-inf'))
-            p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
-            dp = tl.dot(v, tl.trans(grad), input_precision='ieee')
-            ds = p * (dp - delta[None, :])
-            ds = ds.to(Q.dtype.element_ty)
-            p = p.to(V.dtype.element_ty)
-            dvalue += tl.dot(p, grad, input_precision='ieee')
-            dk += tl.dot(ds, q, input_precision='ieee')
+        rows = first_row + m
+        if DESCRIPTORS:
+            q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+            grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+        else:
+            place = tl.cast(first_row, tl.int64)
+            Q_tile = Q + b * stride_qb + h * stride_qh + place * stride_qm
+            G_tile = DOut + b * stride_gb + h * stride_gh + place * stride_gm
+            left = L - first_row
+            q = tl.load(Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd, mask=d[None, :] < 80, other=0.0)
+            grad = tl.load(G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd, mask=dv[None, :] < 80, other=0.0)
+        lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
+        lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
+        delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
+        product = tl.dot(k, tl.trans(q), input_precision='ieee')
+        s = product
+        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+        dp = tl.dot(v, tl.trans(grad), input_precision='ieee')
+        ds = p * (dp - delta[None, :])
+        ds = ds.to(Q.dtype.element_ty)
+        p = p.to(V.dtype.element_ty)
+        dvalue += tl.dot(p, grad, input_precision='ieee')
+        dk += tl.dot(ds, q, input_precision='ieee')
+    start = all_high
+    stop = high
+    # Rows of all heads of the group in one loop: with a loop for each, registers would hold keys and values.
+    for step in tl.range(0, tl.cdiv(stop - start, BLOCK_M) * 1):
+        first_row = start + step // 1 * BLOCK_M
+        h = hk * 1 + step % 1
+        row_of = (b * H + h) * L
+        rows = first_row + m
+        if DESCRIPTORS:
+            q = queries.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+            grad = gradients.load([h.to(tl.int32), first_row, 0]).reshape(BLOCK_M, 128)
+        else:
+            place = tl.cast(first_row, tl.int64)
+            Q_tile = Q + b * stride_qb + h * stride_qh + place * stride_qm
+            G_tile = DOut + b * stride_gb + h * stride_gh + place * stride_gm
+            left = L - first_row
+            q = tl.load(
+                Q_tile + m[:, None] * stride_qm + d[None, :] * stride_qd,
+                mask=(m[:, None] < left) & (d[None, :] < 80),
+                other=0.0,
+            )
+            grad = tl.load(
+                G_tile + m[:, None] * stride_gm + dv[None, :] * stride_gd,
+                mask=(m[:, None] < left) & (dv[None, :] < 80),
+                other=0.0,
+            )
+        lse = tl.load(Lse + row_of + rows, mask=rows < L, other=float('inf'))
+        lse = tl.where(lse == float('-inf'), float('inf'), lse)  # a row that sees no key
+        delta = tl.load(Delta + row_of + rows, mask=rows < L, other=0.0)
+        product = tl.dot(k, tl.trans(q), input_precision='ieee')
+        s = product
+        s = tl.where(j < S, s, float('-inf'))
+        p = tl.exp2(s * (scale * LOG2E) - lse[None, :])
+        dp = tl.dot(v, tl.trans(grad), input_precision='ieee')
+        ds = p * (dp - delta[None, :])
+        ds = ds.to(Q.dtype.element_ty)
+        p = p.to(V.dtype.element_ty)
+        dvalue += tl.dot(p, grad, input_precision='ieee')
+        dk += tl.dot(ds, q, input_precision='ieee')
 
     n_global = (bh.to(tl.int64) * S + cols)[:, None]
     scaled = dvalue
