@@ -33,9 +33,17 @@ sys.path.insert(0, "benchmarks")
 from suite.usage import untuned
 from attnrewrite.kernels.dense.configs import configs
 of = {"ALIBI": True, "SINKS": True, "SLOPE_GRADIENT": True}
-for name, variant in (("forward", "sdpa"), ("backward_queries", "ssa"), ("backward_votes", "selective")):
-    config, found = untuned(name, variant, 64, "sm_90", configs(name, 64, 16)[0], of)
-    print(json.dumps([name, found.spills]), flush=True)
+shared = {"GROUP": 4}
+for name, variant, width, more in (
+    ("forward", "sdpa", 64, of),
+    ("backward_queries", "ssa", 64, of),
+    ("backward_votes", "selective", 64, of),
+    ("backward_keys", "ssa", 128, shared),
+    ("backward_keys", "selective", 128, shared),
+):
+    first = configs(name, width, 16)[0]
+    config, found = untuned(name, variant, width, "sm_90", first, more)
+    print(json.dumps([name, variant, found.spills, config == first]), flush=True)
 """
 
 
@@ -95,6 +103,12 @@ def test_every_kernel_compiles_for_every_target(target: str) -> None:
         assert up_to_date(found), "run `make resources`"
 
 
-def test_sinks_and_slopes_with_their_gradients_compile_without_spills() -> None:
-    """They are no part of the table."""
-    assert dict(in_a_process(FLAGS)) == {"forward": 0, "backward_queries": 0, "backward_votes": 0}
+def test_flags_beside_the_table_spill_nothing_either() -> None:
+    """Not even in what is tried first: keys that heads share, sinks and slopes that learn."""
+    assert in_a_process(FLAGS) == [
+        ["forward", "sdpa", 0, True],
+        ["backward_queries", "ssa", 0, True],
+        ["backward_votes", "selective", 0, True],
+        ["backward_keys", "ssa", 0, True],
+        ["backward_keys", "selective", 0, True],
+    ]

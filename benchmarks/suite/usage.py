@@ -48,7 +48,7 @@ def untuned(
     selective = variant == "selective"
     shape = Shape(2, 16, 16, 8192, 8192, width, width, causal=True, penalty=selective, temperatures=variant == "ssa")
     if name == "decode":
-        shape = replace(shape, L=1, parts=32)
+        shape = replace(shape, L=1, parts=8)
     device = replace(H200, target=target, shared=SHARED[target] * 1024, shared_block=SHARED[target] * 1024)
     config = spilling_least(name, first, shape, uses, device, Rates())
     return config, found[config]

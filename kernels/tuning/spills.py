@@ -61,14 +61,10 @@ def spilling_least(
 def _fastest(kernel: str, first: Config, shape: Shape, device: Device, rates: Rates, most: float) -> Config | None:
     """Return the configuration that is expected to be fastest among those that want no more registers than ``most``.
 
-    To the model all that pipeline are alike; of those it takes the one with three stages, or nearly.
+    Where some are alike to the model, it is the one with the largest tile, and three stages, or nearly.
     """
     ranked = [
-        (
-            predict(kernel, config, shape, estimated(kernel, config, shape), device, rates),
-            abs(config.stages - 3),
-            config,
-        )
+        (predict(kernel, config, shape, estimated(kernel, config, shape), device, rates), *_usual(config), config)
         for config in replace(SPACES[kernel], descriptors=(first.descriptors,))
         if wanted_registers(kernel, config, shape) <= most
     ]
@@ -76,5 +72,5 @@ def _fastest(kernel: str, first: Config, shape: Shape, device: Device, rates: Ra
     return config if seconds < math.inf else None
 
 
-def _as_usual(config: Config) -> tuple[int, int]:
+def _usual(config: Config) -> tuple[int, int]:
     return -config.block_m * config.block_n, abs(config.stages - 3)
