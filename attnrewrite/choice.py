@@ -58,8 +58,15 @@ def choose(
     if failed:
         raise not_applied(failed)
     if not chosen:
-        raise error("AR306", f"nothing is left to convert among: {', '.join(layers)}")
+        raise error("AR306", f"nothing is left to convert among: {', '.join(layers)}", hint=_hint(wanted))
     return chosen
+
+
+def _hint(wanted: Wishes) -> str | None:
+    """Say what to do where only the exact rewrite is wanted, which leaves the model as it is."""
+    if any(config.variant != "sdpa" for _, config in wanted):
+        return None
+    return "sdpa changes no model: compile it, torch.compile(model, backend='attnrewrite'), for the exact rewrite"
 
 
 def _covers(config: VariantConfig, site: Attention, row: Site) -> bool:

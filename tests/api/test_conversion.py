@@ -237,6 +237,8 @@ def test_every_wrong_call_is_named_and_changes_nothing() -> None:
     code, text = code_of(llama, lambda: convert(llama, ssa, example_kwargs=kwargs, targets="model.layer.*.self_attn"))
     assert (code, "model.layers.0.self_attn" in text) == ("AR306", True)
     assert code_of(llama, lambda: convert(llama, ssa, example_kwargs=kwargs, exclude="*"))[0] == "AR306"
+    code, text = code_of(llama, lambda: convert(llama, "sdpa", example_kwargs=kwargs))
+    assert (code, "torch.compile(model, backend='attnrewrite')" in text) == ("AR306", True)
     llama.model.layers[1].self_attn.ssa = nn.Linear(1, 1)
     assert code_of(llama, lambda: convert(llama, ssa, example_kwargs=kwargs))[0] == "AR311"
     assert code_of(model, lambda: attnrewrite.restore(model))[0] == "AR310"
