@@ -31,43 +31,47 @@ for n in range(int(sys.argv[3]), int(sys.argv[4])):
 """
 
 
-def start(root, number, first, last):
+def start(root, log, number, first, last):
     command = [sys.executable, "-P", "-c", WRITER, str(root), str(number), str(first), str(last)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, env=environment)
 
 
-def killed_writers(root, processes, each, seed):
+def killed_writers(root, logs, processes, each, seed):
     """Let processes write records each, kill them at random and start them again; return what they have said."""
     draw = random.Random(seed)
+    logs.mkdir()
     said = [[] for _ in range(processes)]
     left = set(range(processes))
     kills = 0
     while left:
-        running = {number: start(root, number, len(said[number]), each) for number in left}
+        running = {number: start(root, logs / str(number), number, len(said[number]), each) for number in left}
         doomed = [number for number in sorted(left) if draw.random() < 0.6] if kills < 3 * processes else []
         for number in doomed:
-            said[number] += running[number].stdout.readline().split()  # it has begun
+            while not (logs / str(number)).stat().st_size and running[number].poll() is None:
+                time.sleep(0.001)  # it has not begun
             time.sleep(draw.uniform(0, 0.02))
             running[number].send_signal(signal.SIGKILL)
             kills += 1
         for number, process in running.items():
-            out, _ = process.communicate(timeout=300)
-            said[number] += [line for line in out.split("\n")[:-1] if line]  # the last one may be cut
+            process.wait(timeout=300)
+            said[number] += (logs / str(number)).read_text().split("\n")[:-1]  # the last line may be cut
         left = {number for number in left if len(said[number]) < each}
     return said, kills
 
 
 @pytest.mark.parametrize(("processes", "each"), [(4, 40), pytest.param(16, 200, marks=pytest.mark.slow)])
 def test_killed_writers_lose_nothing_and_break_nothing(tmp_path, processes, each):
-    said, kills = killed_writers(tmp_path, processes, each, seed=1)
-    folder = Folder(tmp_path)
+    root = tmp_path / "store"
+    said, kills = killed_writers(root, tmp_path / "said", processes, each, seed=1)
+    folder = Folder(root)
     there = set(folder.paths())
     assert kills
     assert [len(paths) for paths in said] == [each] * processes
     assert {path for paths in said for path in paths} <= there
     assert not list(broken(folder, b"", lambda: None))
-    fresh = store(tmp_path)
+    fresh = store(root)
     for number in range(processes):
         for n in range(each):
             assert fresh.find(key(source=f"{n:064x}", kernel=f"kernel{number}"), SPACE).tier == "local"
