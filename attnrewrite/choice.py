@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from attnrewrite.backend import resolve
-from attnrewrite.kernels.diagnostics import closest, error
+from attnrewrite.kernels.diagnostics import AttnRewriteError, closest, error
 from attnrewrite.passes.attention.form import Attention, Reject
 from attnrewrite.passes.graph.capture import Capture
 from attnrewrite.passes.pipeline import Pipeline, not_applied
@@ -58,15 +58,15 @@ def choose(
     if failed:
         raise not_applied(failed)
     if not chosen:
-        raise error("AR306", f"nothing is left to convert among: {', '.join(layers)}", hint=_hint(wanted))
+        raise _nothing(layers, wanted)
     return chosen
 
 
-def _hint(wanted: Wishes) -> str | None:
-    """Say what to do where only the exact rewrite is wanted, which leaves the model as it is."""
+def _nothing(layers: list[str], wanted: Wishes) -> AttnRewriteError:
     if any(config.variant != "sdpa" for _, config in wanted):
-        return None
-    return "sdpa changes no model: compile it, torch.compile(model, backend='attnrewrite'), for the exact rewrite"
+        return error("AR306", f"nothing is left to convert among: {', '.join(layers)}")
+    hint = "for the exact rewrite compile the model: torch.compile(model, backend='attnrewrite')"
+    return error("AR306", "sdpa is the exact rewrite, which leaves every layer as it is", hint=hint)
 
 
 def _covers(config: VariantConfig, site: Attention, row: Site) -> bool:

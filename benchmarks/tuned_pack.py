@@ -5,7 +5,6 @@ What the pack has is left alone, so that it can be made in several sittings, on 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from attnrewrite.kernels.dense.space import SPACES
 from attnrewrite.kernels.diagnostics import AttnRewriteError
 from attnrewrite.kernels.store.bundled import FOLDER, bundled
 from attnrewrite.kernels.store.key import Key
+from attnrewrite.kernels.store.local import put_file
 from attnrewrite.kernels.store.modes import Mode
 from attnrewrite.kernels.store.pack import pack
 from attnrewrite.kernels.store.tiers import Store
@@ -72,9 +72,7 @@ def fill(session: Session, wanted: Sequence[Task], folder: Path) -> list[Result]
             records = bundled(FAMILY, folder)
             records |= {each.record.key: each.record for each in found if each is not None and each.tier != "near"}
             folder.mkdir(exist_ok=True)
-            made = folder / f"{FAMILY}.jsonl.new"
-            made.write_bytes(pack(records.values()))
-            os.replace(made, folder / f"{FAMILY}.jsonl")
+            put_file(folder / f"{FAMILY}.jsonl", pack(records.values()))
 
 
 @click.command()

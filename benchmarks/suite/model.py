@@ -113,11 +113,20 @@ class Model:
         used = self.usage(name, variant, case.D, config, self.device.target, case.causal)
         return predict(name, config, shape(case, variant, dead), used, self.device, self.rates)
 
+    def untuned(self, name: str, variant: str, case: Case) -> Config:
+        """Return what runs where nothing was tuned."""
+
+        def uses(config: Config) -> Resources:
+            return self.usage(name, variant, case.D, config, self.device.target, case.causal)
+
+        first = configs(name, case.D, 16)[0]
+        return spilling_least(name, first, shape(case, variant), uses, self.device, self.rates)
+
     def _sum(self, names: tuple[str, ...], variant: str, case: Case, dead: float = 0.0) -> float:
         found = 0.0
         for name in names:
             of = _compiled(name, variant)
-            found += self.kernel(name, of, case, untuned(name, of, case, self.usage, self.device, self.rates), dead)
+            found += self.kernel(name, of, case, self.untuned(name, of, case), dead)
         return found
 
     def _selective(self, case: Case, forward: bool, dead: float) -> float:
@@ -147,9 +156,8 @@ class Model:
             of = replace(shape(case, variant), L=1, parts=parts)
             return predict(name, config, of, used, self.device, self.rates)
 
-        together = min(seconds("decode", config) for config in tried) + seconds(
-            "merge", configs("merge", case.D, 16)[0]
-        )
+        merged = seconds("merge", configs("merge", case.D, 16)[0])
+        together = min(seconds("decode", config) for config in tried) + merged
         return together + (_GROWN * self.rates.launch if ours else 0.0)
 
     def _gemm(self, batch: int, m: int, n: int, k: int, size: int) -> float:
@@ -183,16 +191,6 @@ def flex_configs(name: str, case: Case) -> tuple[Config, ...]:
     if name == "forward":
         return _FLEX_FORWARD + ((_FLEX_DEFAULT[case.D],) if case.D in _FLEX_DEFAULT else ())
     return _FLEX_BACKWARD.get(name, tuple(configs(name, case.D, 16)[:1]))
-
-
-def untuned(name: str, variant: str, case: Case, usage: Usage, device: Device, rates: Rates) -> Config:
-    """Return what runs where nothing was tuned."""
-
-    def uses(config: Config) -> Resources | None:
-        used = usage(name, variant, case.D, config, device.target, case.causal)
-        return used if used.shared <= device.shared_block else None
-
-    return spilling_least(name, configs(name, case.D, 16)[0], shape(case, variant), uses, device, rates)
 
 
 def extra_memory(case: Case) -> float:

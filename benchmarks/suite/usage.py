@@ -18,6 +18,7 @@ from attnrewrite.kernels.generation.emit import Flag
 from attnrewrite.kernels.generation.resources import Resources, compiled
 from attnrewrite.kernels.tuning.cost import Rates
 from attnrewrite.kernels.tuning.device import H200
+from attnrewrite.kernels.tuning.published import RATES
 from attnrewrite.kernels.tuning.spills import spilling_least
 from attnrewrite.kernels.tuning.work import WORK, Shape
 
@@ -38,9 +39,9 @@ def untuned(
     """Return what runs on ``target`` where nothing is stored, if it has enough to do: ``first``, unless that spills."""
     found: dict[Config, Resources] = {}
 
-    def uses(config: Config) -> Resources | None:
+    def uses(config: Config) -> Resources:
         found[config] = _compiled(name, variant, width, config, target, more)
-        return found[config] if found[config].shared <= SHARED[target] * 1024 else None
+        return found[config]
 
     if name not in WORK:
         uses(first)
@@ -50,7 +51,8 @@ def untuned(
     if name == "decode":
         shape = replace(shape, L=1, parts=8)
     device = replace(H200, target=target, shared=SHARED[target] * 1024, shared_block=SHARED[target] * 1024)
-    config = spilling_least(name, first, shape, uses, device, Rates())
+    rates = RATES[H200.name] if target == H200.target else Rates()
+    config = spilling_least(name, first, shape, uses, device, rates)
     return config, found[config]
 
 

@@ -38,7 +38,7 @@ def spilling_least(
         kernel: its name in ``kernels/dense/catalogue.py``.
         first: what is tried first.
         shape: the call.
-        uses: compiles; None for what the device cannot run.
+        uses: compiles; None for what cannot be had.
         device: where it would run, for the cost model.
         rates: what kernels reach there.
 
@@ -46,12 +46,14 @@ def spilling_least(
     """
     found: dict[Config, int] = {}
     config: Config | None = first
-    while config is not None and len(found) < _TRIES:
+    for _ in range(_TRIES):
+        if config is None:
+            break
         used = uses(config)
-        if used is not None and not used.spills:
-            return config
-        if used is not None:
+        if used is not None and used.shared <= device.shared_block:
             found[config] = used.spills
+            if not used.spills:
+                return config
         few = min(found.values(), default=math.inf) <= _FEW
         most = (_LESS if few else _MUCH_LESS) * wanted_registers(kernel, config, shape)
         config = _fastest(kernel, first, shape, device, rates, most)

@@ -22,11 +22,12 @@ from attnrewrite.kernels.tuning.calibration import Point, fit, misfit
 from attnrewrite.kernels.tuning.clock import CudaClock
 from attnrewrite.kernels.tuning.cost import Rates
 from attnrewrite.kernels.tuning.device import H200, Device, present
+from attnrewrite.kernels.tuning.published import RATES
 from attnrewrite.kernels.tuning.quantile import quantile
 from suite.beforehand import beforehand
 from suite.figures import Figure, Goal, Result, ratio
 from suite.goals import CASES, EAGER_SELECTIVE, GOALS, MEMORY, PLAIN, SELECTIVE, SSA, Aim
-from suite.model import shape, untuned
+from suite.model import Model, shape
 from suite.peers import passes, providers
 from suite.roofline import Dot, roofline
 from suite.usage import usage
@@ -214,12 +215,13 @@ def _rates(
 ) -> dict[str, Any]:
     """Return the rates that fit the kernels' own times: what ``published.RATES`` should say of this device."""
     points = []
+    model = Model(device, RATES.get(device.name, Rates()), usage)
     try:
         for name, contest in contests.items():
             for (provider, kernel), seconds in launches.get(name, {}).items():
                 variant, case = _OF.get(provider), contest.case
                 if variant is not None and kernel != "delta":
-                    config = untuned(kernel, variant, case, usage, device, Rates())
+                    config = model.untuned(kernel, variant, case)
                     used = usage(kernel, variant, case.D, config, device.target, case.causal)
                     points.append(Point(kernel, config, shape(case, variant), used, seconds))
         found = fit(points, device)
